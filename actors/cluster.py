@@ -1,0 +1,81 @@
+"""Joins or starts Ray for one run, and says early when the cluster cannot hold what the configuration asks for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from pipeline.config import ActorResources, ClusterSettings
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot run what is asked for, or an actor died. One line."""
+
+
+@contextmanager
+def ray_session(cluster: ClusterSettings) -> Iterator[None]:
+    """Ray for the length of a run: RAY_ADDRESS or cluster.address is joined, otherwise a local Ray starts and ends here.
+
+    Raises:
+        ClusterError: no Ray at the address, or too few resources for the actors.
+    """
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    # Workers import this checkout: inside a job the working directory is on their path already.
+    root = str(Path(__file__).resolve().parent.parent)
+    python_path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    local: dict[str, Any] = {} if address else {"dashboard_host": "127.0.0.1", "include_dashboard": True}
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=True,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": {"PYTHONPATH": python_path}},
+            **local,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ClusterError(f"cannot reach Ray at {address or 'this machine'}: {' '.join(str(error).split())[:300]}") from error
+    try:
+        _check_resources(cluster)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def dashboard_url() -> str | None:
+    return ray._private.worker.get_dashboard_url() if ray.is_initialized() else None
+
+
+def _check_resources(cluster: ClusterSettings) -> None:
+    """An actor that never fits would stay pending for ever: say so before any work starts."""
+    total = ray.cluster_resources()
+    rollouts = cluster.rollout_actors
+    # The learner and the judges run while the rollout actors keep their engines.
+    beside = (cluster.learner, cluster.judge)
+    for kind, key in (("CPU", "cpus"), ("GPU", "gpus")):
+        needed = rollouts * getattr(cluster.rollout, key) + max(getattr(part, key) for part in beside)
+        if needed > total.get(kind, 0):
+            raise ClusterError(
+                f"the cluster has {total.get(kind, 0):g} {kind}s, but {rollouts} rollout actors (cluster.rollout.{key}) beside "
+                f"the learner (cluster.learner.{key}) or a judge (cluster.judge.{key}) need {needed:g}; lower these settings"
+            )
+
+
+def actor_options(resources: ActorResources, name: str, sharing: int) -> dict[str, Any]:
+    """Ray options of an actor: its resources, a name for the dashboard, its share of the node's threads.
+
+    Args:
+        sharing: how many actors of this kind divide the node's cores when `threads` is 0.
+    """
+    threads = resources.threads or max(1, round(resources.cpus), (os.cpu_count() or 1) // sharing)
+    return {
+        "num_cpus": resources.cpus,
+        "num_gpus": resources.gpus,
+        "name": f"{name}-{os.getpid()}",
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}},
+    }

@@ -1,0 +1,221 @@
+"""What generates: one small interface, vLLM and transformers behind it. Token ids in, token ids out; no text passes here.
+
+Engines run inside rollout actors (and, for dev accuracy, inside the learner); they know no problems and no judges.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.config import EngineSettings
+
+
+_PREFILL_TOKENS = 8192  # prompts of one vLLM step; without chunked prefill it must hold the longest one
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion asked for."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+    """Seed of this row alone, so that a row does not depend on the batch it is in."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a batch is decoded."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop_id: int
+    """Generation ends with this id, which is part of the completion."""
+    forbidden_ids: tuple[int, ...] = ()
+    """Ids that must not be emitted; the undo token, for first-try accuracy."""
+    logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine made of a request."""
+
+    token_ids: tuple[int, ...]
+    """Emitted ids as they came, undo tokens and the stop id included."""
+    logprobs: tuple[float, ...]
+    """Log-probability of each emitted id at temperature 1 before any ban; empty when not asked for."""
+    finish: Literal["stop", "length"]
+
+
+class Engine(Protocol):
+    """Generates with one model; weights can be replaced in place."""
+
+    kind: str
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion a request, in the order of the requests."""
+
+    def load_weights(self, folder: Path) -> None:
+        """Replace the weights by those of another model folder of the same shape."""
+
+
+def engine_kind(asked: Literal["auto", "vllm", "hf"]) -> Literal["vllm", "hf"]:
+    """Which engine `auto` means here.
+
+    Raises:
+        RuntimeError: vllm is asked for by name and not installed.
+    """
+    installed = importlib.util.find_spec("vllm") is not None
+    if asked == "vllm" and not installed:
+        raise RuntimeError("engine.kind is vllm, but vllm is not installed: install extra cpu or gpu, or set engine.kind=hf")
+    if asked == "auto":
+        return "vllm" if installed else "hf"
+    return asked
+
+
+def make_engine(folder: Path, settings: EngineSettings, context: int, seed: int) -> Engine:
+    """Load a model folder into an engine. `context` is the longest row, prompt and completion together, in tokens."""
+    if engine_kind(settings.kind) == "vllm":
+        return VllmEngine(folder, settings, context, seed)
+    return HfEngine.from_folder(folder, settings)
+
+
+class VllmEngine:
+    """vLLM in this process: no second process to lose, and weights go in without a restart."""
+
+    kind = "vllm"
+
+    def __init__(self, folder: Path, settings: EngineSettings, context: int, seed: int) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # Ray actors share cores; OMP_NUM_THREADS rules
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        from vllm import LLM
+
+        self._llm = LLM(
+            model=str(folder),
+            dtype=settings.dtype,
+            max_model_len=context,
+            max_num_seqs=settings.max_num_seqs,
+            gpu_memory_utilization=settings.gpu_memory,
+            enforce_eager=not torch.cuda.is_available(),
+            enable_prefix_caching=True,
+            # A prompt split over two steps rewinds its row's generator, which CPU generators cannot do.
+            enable_chunked_prefill=torch.cuda.is_available(),
+            max_num_batched_tokens=max(context, _PREFILL_TOKENS),
+            disable_log_stats=True,
+            seed=seed,
+            skip_tokenizer_init=True,
+        )
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        from vllm import SamplingParams
+
+        greedy = sampling.temperature == 0
+        params = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=1.0 if greedy else sampling.top_p,
+                max_tokens=sampling.max_tokens,
+                stop_token_ids=[sampling.stop_id],
+                ignore_eos=True,  # the stop id is named above; a model folder may name others
+                seed=None if greedy else request.seed,
+                logit_bias=dict.fromkeys(sampling.forbidden_ids, -100.0) or None,
+                logprobs=0 if sampling.logprobs else None,
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        prompts: Any = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return [_from_vllm(output.outputs[0], sampling.stop_id) for output in outputs]
+
+    def load_weights(self, folder: Path) -> None:
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self._llm.reset_prefix_cache()
+
+
+def _from_vllm(output: Any, stop_id: int) -> Completion:
+    ids = tuple(output.token_ids)
+    logprobs = tuple(step[token].logprob for token, step in zip(ids, output.logprobs or (), strict=False))
+    return Completion(ids, logprobs, "stop" if ids and ids[-1] == stop_id else "length")
+
+
+class HfEngine:
+    """Batched transformers generation: needs nothing but transformers, and is the faster one for very small models."""
+
+    kind = "hf"
+
+    def __init__(self, model: PreTrainedModel, max_num_seqs: int) -> None:
+        self.model = model
+        self._max_num_seqs = max_num_seqs
+
+    @classmethod
+    def from_folder(cls, folder: Path, settings: EngineSettings) -> HfEngine:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype)).to(device).eval()
+        return cls(model, settings.max_num_seqs)
+
+    def load_weights(self, folder: Path) -> None:
+        fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype)
+        self.model.load_state_dict(fresh.state_dict())
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        # Rows of like length share a batch: fewer padding columns.
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        done: dict[int, Completion] = {}
+        for start in range(0, len(order), self._max_num_seqs):
+            chunk = order[start : start + self._max_num_seqs]
+            completions = self._generate([requests[i] for i in chunk], sampling)
+            done.update(zip(chunk, completions, strict=True))
+        return [done[i] for i in range(len(requests))]
+
+    @torch.inference_mode()
+    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        longest = max(len(request.prompt_ids) for request in requests)
+        device = self.model.device
+        input_ids = torch.full((len(requests), longest), sampling.stop_id, device=device)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, request in enumerate(requests):
+            input_ids[row, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids, device=device)
+            attention_mask[row, longest - len(request.prompt_ids) :] = 1
+        greedy = sampling.temperature == 0
+        warp = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        # transformers has no seed a row; one batch of one composition and its first row's seed is what it offers.
+        torch.manual_seed(requests[0].seed)
+        out = self.model.generate(
+            inputs=input_ids,
+            attention_mask=attention_mask,
+            do_sample=not greedy,
+            max_new_tokens=sampling.max_tokens,
+            eos_token_id=sampling.stop_id,
+            pad_token_id=sampling.stop_id,
+            suppress_tokens=list(sampling.forbidden_ids) or None,
+            output_logits=sampling.logprobs,
+            return_dict_in_generate=True,
+            **warp,
+        )
+        emitted = out.sequences[:, longest:].tolist()
+        chosen: list[list[float]] = [[] for _ in requests]
+        if sampling.logprobs:
+            steps = [
+                torch.log_softmax(logits.float(), -1).gather(1, out.sequences[:, longest + i : longest + i + 1])
+                for i, logits in enumerate(out.logits)
+            ]
+            chosen = torch.cat(steps, dim=1).tolist()
+        return [_cut(ids, logprobs, sampling.stop_id) for ids, logprobs in zip(emitted, chosen, strict=True)]
+
+
+def _cut(ids: list[int], logprobs: list[float], stop_id: int) -> Completion:
+    if stop_id not in ids:
+        return Completion(tuple(ids), tuple(logprobs), "length")
+    end = ids.index(stop_id) + 1
+    return Completion(tuple(ids[:end]), tuple(logprobs[:end]), "stop")

@@ -1,0 +1,210 @@
+"""The learner: TRL's SFTTrainer on packed rows, inside one Ray actor. It knows examples and targets, not where they come from."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from actors.engines import HfEngine, Request, Sampling
+from actors.packing import Example, collate, pack
+from actors.probe import ProbeRow, probe
+from pipeline.config import BaseTraining, TrainSettings
+from pipeline.telemetry import redirect_process_output
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; one line that says at which step and why."""
+
+
+@dataclass(frozen=True)
+class DevCheck:
+    """Greedy accuracy on held-out prompts while training; training ends when it has stopped rising."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    answers: tuple[str, ...]
+    is_right: Callable[[str, str], bool]
+    """(completion text, gold answer) -> right."""
+    max_tokens: int
+
+
+@dataclass
+class Curve:
+    """What a training run looked like; grows while it runs."""
+
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    """(step, mean loss per target token since the point before)."""
+    checks: list[tuple[int, float]] = field(default_factory=list)
+    """(step, greedy dev accuracy)."""
+    step: int = 0
+    steps: int = 0
+    kept_step: int = 0
+    """Step of the saved weights: the best by dev accuracy, or the last."""
+    target_tokens: int = 0
+    tokens: int = 0
+    """Tokens in all rows of all steps, padding left out."""
+    left_out: int = 0
+    """Examples longer than a row."""
+    seconds: float = 0.0
+
+
+def fit(
+    source: Path,
+    target: Path,
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    seed: int,
+    curve: Curve,
+    check: DevCheck | None = None,
+) -> Curve:
+    """Train the model of folder `source` on the examples and save it as an ordinary folder `target`.
+
+    Raises:
+        TrainingError: a loss that is no number.
+        ValueError: no example fits into a row.
+    """
+    begun = time.monotonic()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    rows, curve.left_out = pack(examples, settings.row_tokens, settings.steps * settings.rows, seed)
+    curve.steps = settings.steps
+    callbacks: list[TrainerCallback] = [_Watch(curve)]
+    best = _KeepBest(curve, check, settings, tokenizer, model) if check and isinstance(settings, BaseTraining) else None
+    if best:
+        callbacks.append(best)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = SFTTrainer(
+            model=model,
+            args=_arguments(settings, seed, scratch),
+            # The rows are packed already: the dataset only says which of them a batch is made of.
+            train_dataset=Dataset.from_dict({"row": list(range(len(rows)))}),
+            data_collator=lambda batch: collate([rows[item["row"]] for item in batch], tokenizer.pad_token_id, settings.row_tokens),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.train()
+    if best:
+        best.restore()
+    else:
+        curve.kept_step = curve.step
+    used = rows[: curve.step * settings.rows]
+    curve.tokens = sum(len(example.input_ids) for row in used for example in row)
+    curve.target_tokens = sum(label >= 0 for row in used for example in row for label in example.labels)
+    model.eval().save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    curve.seconds = time.monotonic() - begun
+    return curve
+
+
+def _arguments(settings: TrainSettings, seed: int, folder: str) -> SFTConfig:
+    return SFTConfig(
+        output_dir=folder,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.rows,
+        learning_rate=settings.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=math.ceil(settings.warmup * settings.steps),
+        weight_decay=settings.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+    )
+
+
+class _Watch(TrainerCallback):
+    """Keeps the curve, and stops a run whose loss is no number."""
+
+    def __init__(self, curve: Curve) -> None:
+        self._curve = curve
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._curve.step = state.global_step
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        loss = kwargs["logs"].get("loss")
+        if loss is None:
+            return
+        if not math.isfinite(float(loss)):
+            raise TrainingError(f"the loss is {loss} at step {state.global_step}: lower the learning rate (lr)")
+        self._curve.losses.append((state.global_step, float(loss)))
+
+
+class _KeepBest(TrainerCallback):
+    """Measures greedy dev accuracy, keeps the best weights, ends training after `patience` measurements without a rise."""
+
+    def __init__(self, curve: Curve, check: DevCheck, settings: BaseTraining, tokenizer: Any, model: Any) -> None:
+        self._curve, self._check, self._settings, self._tokenizer, self._model = curve, check, settings, tokenizer, model
+        self._best: dict[str, torch.Tensor] = {}
+        self._best_accuracy = -1.0
+        self._without_rise = 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step % self._settings.check_every and state.global_step < self._settings.steps:
+            return
+        accuracy = self._accuracy()
+        self._curve.checks.append((state.global_step, accuracy))
+        if accuracy > self._best_accuracy:
+            self._best_accuracy, self._without_rise = accuracy, 0
+            self._best = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+            self._curve.kept_step = state.global_step
+        else:
+            self._without_rise += 1
+            control.should_training_stop = self._without_rise >= self._settings.patience
+
+    def restore(self) -> None:
+        self._model.load_state_dict(self._best)
+
+    def _accuracy(self) -> float:
+        self._model.eval()
+        engine = HfEngine(self._model, max_num_seqs=128)
+        stop_id = self._tokenizer.eos_token_id
+        sampling = Sampling(temperature=0, top_p=1, max_tokens=self._check.max_tokens, stop_id=stop_id)
+        completions = engine.generate([Request(prompt, 0) for prompt in self._check.prompts], sampling)
+        self._model.train()
+        texts = [self._tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in completions]
+        right = sum(self._check.is_right(text, gold) for text, gold in zip(texts, self._check.answers, strict=True))
+        return right / len(texts)
+
+
+@ray.remote(max_concurrency=2)  # one thread trains, the other answers `progress`
+class LearnerActor:
+    """Trains one model after another; the driver polls `progress` meanwhile."""
+
+    def __init__(self, log_file: str) -> None:
+        redirect_process_output(Path(log_file))
+        self._curve = Curve()
+
+    def fit(self, source: str, target: str, examples: Sequence[Example], settings: TrainSettings, seed: int,
+            check: DevCheck | None = None) -> Curve:  # fmt: skip
+        self._curve = Curve()
+        return fit(Path(source), Path(target), examples, settings, seed, self._curve, check)
+
+    def probe(self, folder: str, rows: Sequence[ProbeRow]) -> list[tuple[float, ...]]:
+        return probe(Path(folder), rows)
+
+    def progress(self) -> Curve:
+        return self._curve

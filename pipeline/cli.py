@@ -1,0 +1,127 @@
+"""Arguments -> configuration -> Pipeline, and every way a run can end -> one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from pipeline.config import ConfigError, Settings, describe_settings, dump_settings, load_settings
+from pipeline.runner import Pipeline, Selection
+from pipeline.stages.graph import NAMES
+from pipeline.stages.stage import StageError
+from pipeline.store import RunLock, StoreError
+from pipeline.telemetry import Terminal, quiet_third_parties
+
+_FAILED, _USAGE, _INTERRUPTED, _TERMINATED = 1, 2, 130, 143
+
+
+class _Terminated(BaseException):
+    """SIGTERM: what `ray job stop` and cluster schedulers send."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit code of one command: 0, 1 for a failed run, 2 for wrong arguments or settings, 130 and 143 when stopped."""
+    options = _parse(arguments)
+    terminal = Terminal(None)
+    try:
+        settings = load_settings(_config_file(options.config), options.overrides)
+        selection = Selection(tuple(options.only), options.first, options.last, options.force)
+    except (ConfigError, StageError) as error:
+        terminal.error(str(error))
+        return _USAGE
+    if options.print_config:
+        print(dump_settings(settings), end="")
+        return 0
+    folder = run_folder(settings)
+    try:
+        if options.dry_run:
+            for step in Pipeline(settings, folder, selection, terminal).plan():
+                print(f"round {step.round}  {step.stage:<9} {step.state:<8} {step.why}".rstrip())
+            return 0
+        return _run(settings, folder, selection)
+    except (StageError, StoreError) as error:
+        terminal.error(str(error))
+        return _FAILED
+
+
+def run_folder(settings: Settings) -> Path:
+    """The run's folder. Inside a Ray job the working folder is a copy that goes away: a relative root starts at home there."""
+    root = Path(settings.run.root).expanduser()
+    if not root.is_absolute():
+        inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        root = (Path.home() / "retract" if inside_job else Path.cwd()) / root
+    return root / settings.run.name
+
+
+def _run(settings: Settings, folder: Path, selection: Selection) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    with RunLock(folder):
+        log_file = folder / "logs" / "driver.log"
+        log_file.parent.mkdir(exist_ok=True)
+        quiet_third_parties(log_file)
+        terminal = Terminal(folder / "logs" / "run.log")
+        signal.signal(signal.SIGTERM, _terminate)
+        terminal.info(f"run {folder}")
+        pipeline = Pipeline(settings, folder, selection, terminal)
+        try:
+            lines = pipeline.run()
+        except KeyboardInterrupt:
+            terminal.error("interrupted; the same command continues with the stage that was under way")
+            return _INTERRUPTED
+        except _Terminated:
+            terminal.error("terminated; the same command continues with the stage that was under way")
+            return _TERMINATED
+        except Exception as error:
+            if not _expected(error):
+                raise
+            terminal.error(str(error))
+            return _FAILED
+        terminal.summary(lines)
+        report = pipeline.publish()
+        if report:
+            terminal.info(f"report: {report}")
+    return 0
+
+
+def _expected(error: Exception) -> bool:
+    """Errors that say in one line what is wrong; anything else is a bug and shows its traceback."""
+    from actors.cluster import ClusterError
+    from actors.learner import TrainingError
+
+    return isinstance(error, StageError | StoreError | ClusterError | TrainingError)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _config_file(name: str) -> Path:
+    """A path, or the name of a file in configs/."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return path
+    return Path(__file__).resolve().parent.parent / "configs" / f"{name}.yaml"
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    default = str(Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml")
+    parser = argparse.ArgumentParser(
+        prog="run.py",
+        description="Teach a language model to take back its own mistakes: one run, stage by stage, reusing what is up to date.",
+        epilog="settings (key=default):\n" + describe_settings(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    stages = ", ".join(NAMES)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file")
+    parser.add_argument("--config", default=default, help="yaml file, or the name of one in configs/ (default: tiny)")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be reused and rebuilt and end")
+    parser.add_argument("--only", action="append", default=[], metavar="STAGE", help=f"build this stage alone, of {stages}")
+    parser.add_argument("--from", dest="first", metavar="STAGE", help="build this stage and later ones")
+    parser.add_argument("--until", dest="last", metavar="STAGE", help="build no stage after this one")
+    parser.add_argument("--force", action="store_true", help="build the selected stages even when they are up to date")
+    return parser.parse_args(arguments)

@@ -1,0 +1,313 @@
+"""All settings of retract: one home, one default, one bound and one sentence for each. Imports neither torch nor ray.
+
+`load_settings` merges a yaml file with `key.sub=value` overrides and validates the result; every mistake becomes one line
+that names the key, where it was set and what is allowed.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from yaml import YAMLError
+
+
+class ConfigError(ValueError):
+    """A setting is wrong. The message is one line."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RunSettings(Section):
+    name: str = Field("tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Folder of the run below run.root.")
+    root: str = Field("runs", min_length=1, description="Folder that holds all runs; relative to the working folder.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything; each row gets its own from it.")
+    rounds: int = Field(1, ge=1, le=100, description="Self-play rounds: rollouts .. evaluate on the newest accepted model.")
+
+
+FamilyName = Literal["chain", "shop", "compare", "boxes", "budget", "legs", "rows"]
+
+
+class SyntheticTask(Section):
+    """Word problems from templates, seven families, see pipeline/tasks/families.py."""
+
+    name: Literal["synthetic"] = Field("synthetic", description="Made here from templates.")
+    train: int = Field(4000, ge=8, le=100_000, description="Training problems; fixed, as GSM8K has 7,473.")
+    dev: int = Field(350, ge=8, le=20_000, description="Problems for early stopping and for accepting a round.")
+    test: int = Field(700, ge=8, le=20_000, description="Problems for evaluation.")
+    ood: int = Field(210, ge=8, le=20_000, description="Problems with more steps than any training problem.")
+    families: list[FamilyName] = Field(
+        ["chain", "shop", "boxes", "budget", "legs"], min_length=1, description=f"Families to draw from: {', '.join(typing.get_args(FamilyName))}."
+    )
+    hindsight_share: float = Field(0.5, ge=0, le=1, description="Share of problems in which a choice precedes its evidence.")
+    steps: list[int] = Field([2, 4], min_length=2, max_length=2, description="Fewest and most steps of a solution.")
+    ood_steps: list[int] = Field([5, 8], min_length=2, max_length=2, description="The same for the ood split.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for key in ("steps", "ood_steps"):
+            low, high = getattr(self, key)
+            if not 2 <= low <= high <= 12:
+                raise ValueError(f"{key} must be [fewest, most] with 2 <= fewest <= most <= 12, is [{low}, {high}]")
+        if self.ood_steps[0] <= self.steps[1]:
+            raise ValueError(f"ood_steps must begin above the most steps of training, {self.steps[1]}")
+        return self
+
+
+class Gsm8kTask(Section):
+    """Problems in GSM8K's format, from the hub or from jsonl files with `question` and `answer`."""
+
+    name: Literal["gsm8k"] = Field(description="GSM8K or files of the same format.")
+    train_file: str | None = Field(None, description="jsonl file for training; null loads hub_id.")
+    test_file: str | None = Field(None, description="jsonl file for evaluation; null loads hub_id.")
+    hub_id: str = Field("openai/gsm8k", description="Dataset of the hub, used where no file is given.")
+    dev: int = Field(350, ge=1, description="Problems taken from the training file for the dev split.")
+    max_train: int | None = Field(None, ge=1, description="At most this many training problems; null takes all.")
+    max_test: int | None = Field(None, ge=1, description="At most this many test problems; null takes all.")
+    on_bad_row: Literal["fail", "skip"] = Field("fail", description="What a malformed line does; skipped ones are counted.")
+
+
+class UndoSettings(Section):
+    token: str = Field("<|BACKTRACK|>", min_length=1, max_length=64, description="The undo token's text.")
+    unit: Literal["token", "step", "all"] = Field("step", description="What one undo token deletes.")
+    init: Literal["mean", "words"] = Field("words", description="Embedding: mean of all rows, or of the words' rows.")
+    words: list[str] = Field(["undo", "wrong", "back", "delete", "mistake"], min_length=1, description="Words for init: words.")
+    noise: float = Field(0.02, ge=0, le=0.5, description="Norm of the noise added, as a share of the row's own norm.")
+
+
+class ScratchModel(Section):
+    layers: int = Field(4, ge=1, le=64, description="Transformer layers.")
+    width: int = Field(128, ge=16, le=8192, description="Hidden size.")
+    heads: int = Field(4, ge=1, le=128, description="Attention heads; must divide the width.")
+    vocab: int = Field(512, ge=300, le=200_000, description="Tokens of the BPE, trained on the training problems.")
+    context: int = Field(512, ge=64, le=32_768, description="Longest row the model can see.")
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width must be a multiple of 2 x heads ({2 * self.heads}), is {self.width}")
+        return self
+
+
+class TrainSettings(Section):
+    steps: int = Field(400, ge=1, le=10_000_000, description="Optimiser steps, at most.")
+    rows: int = Field(16, ge=1, le=4096, description="Packed rows in one step.")
+    row_tokens: int = Field(256, ge=32, le=131_072, description="Tokens of a packed row.")
+    lr: float = Field(1e-3, gt=0, le=1, description="Peak learning rate (AdamW).")
+    warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps that warm up; then cosine decay to 10 %.")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW weight decay.")
+    log_every: int = Field(20, ge=1, description="Steps between two points of the loss curve.")
+
+
+class BaseTraining(TrainSettings):
+    steps: int = Field(2400, ge=1, le=10_000_000, description="Optimiser steps, at most.")
+    lr: float = Field(3e-3, gt=0, le=1, description="Peak learning rate (AdamW).")
+    check_every: int = Field(200, ge=1, description="Steps between two measurements of greedy dev accuracy.")
+    check_problems: int = Field(200, ge=4, description="Dev problems in such a measurement.")
+    patience: int = Field(3, ge=1, description="Stop after this many measurements without a rise; the best model is kept.")
+
+
+class BaseSettings(Section):
+    model: str = Field("scratch", min_length=1, description="scratch, a hub id, or a local Hugging Face folder.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with a hub model.")
+    prompt: str = Field("{question}\n", description="How a question becomes a prompt; holds {question} once.")
+    scratch: ScratchModel = Field(default_factory=ScratchModel, description="The tiny model, for model: scratch.")
+    train: BaseTraining = Field(default_factory=BaseTraining, description="Its training, for model: scratch.")
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_question(cls, value: str) -> str:
+        if value.count("{question}") != 1:
+            raise ValueError("must hold {question} exactly once")
+        return value
+
+
+class EngineSettings(Section):
+    kind: Literal["auto", "vllm", "hf"] = Field("auto", description="auto takes vllm where it is installed.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Numbers the engine computes in.")
+    max_prompt: int = Field(256, ge=1, le=131_072, description="Longest prompt in tokens; longer ones are reported and left out.")
+    max_num_seqs: int = Field(256, ge=1, le=4096, description="Rows that the engine decodes at a time.")
+    kv_cache_gib: int = Field(1, ge=1, le=1024, description="Memory for vLLM's KV cache on CPUs.")
+    gpu_memory: float = Field(0.5, gt=0, le=1, description="Share of a GPU's memory for vLLM.")
+
+
+class ActorResources(Section):
+    cpus: float = Field(1, ge=0, le=1024, description="CPUs that Ray reserves for one actor.")
+    gpus: float = Field(0, ge=0, le=64, description="GPUs that Ray reserves for one actor.")
+    threads: int = Field(0, ge=0, le=1024, description="Threads of one actor; 0 shares the node's cores among the actors.")
+
+
+class ClusterSettings(Section):
+    address: str | None = Field(None, description="Ray address; null joins RAY_ADDRESS or starts Ray on this machine.")
+    rollout_actors: int = Field(1, ge=1, le=4096, description="Rollout actors, each with an engine.")
+    rollout: ActorResources = Field(default_factory=ActorResources, description="Resources of one rollout actor.")
+    learner: ActorResources = Field(default_factory=ActorResources, description="Resources of the learner.")
+    judge: ActorResources = Field(default_factory=ActorResources, description="Resources of one judge task.")
+    start_timeout: int = Field(300, ge=5, le=86_400, description="Seconds to wait for an actor to be placed and ready.")
+
+
+class SamplingSettings(Section):
+    temperature: float = Field(1.0, ge=0, le=5, description="0 decodes greedily.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
+    max_tokens: int = Field(320, ge=1, le=131_072, description="Longest completion, deleted tokens included.")
+
+
+class RolloutSettings(SamplingSettings):
+    problems: int | None = Field(None, ge=1, description="Training problems to sample; null takes all.")
+    samples: int = Field(2, ge=1, le=1024, description="Completions for each problem.")
+    max_tokens: int = Field(256, ge=1, le=131_072, description="Longest completion.")
+    batch: int = Field(256, ge=1, le=65_536, description="Requests handed to an actor at a time.")
+    logprobs: bool = Field(True, description="Store the log-probability of every emitted token.")
+
+
+class JudgeSettings(Section):
+    batch: int = Field(1000, ge=1, le=1_000_000, description="Rollouts in one judge task.")
+
+
+class TraceSettings(Section):
+    max_errors: int = Field(3, ge=1, le=64, description="Different wrong tries of a problem in one trace, at most.")
+    mask: Literal["decision", "span"] = Field("decision", description="Mask the wrong decision, or all that is deleted.")
+    clean_ratio: float = Field(1.0, ge=0, le=100, description="Clean rows for each trace.")
+    replay: bool = Field(True, description="Keep the traces of earlier rounds.")
+
+
+class SftSettings(TrainSettings):
+    control: bool = Field(True, description="Also train the clean control: same steps, clean rows only.")
+
+
+class EvaluateSettings(SamplingSettings):
+    temperature: float = Field(0.0, ge=0, le=5, description="0 decodes greedily.")
+    test: int | None = Field(None, ge=1, description="Problems of the test split; null takes all.")
+    dev: int = Field(350, ge=1, description="Problems of the dev split, on which a round is accepted.")
+    ood: int | None = Field(None, ge=1, description="Problems of the ood split; null takes all.")
+    probes: int = Field(300, ge=1, description="Own errors on test problems at which P(undo) is measured.")
+
+
+class ReportSettings(Section):
+    rollouts: int = Field(50, ge=0, le=10_000, description="Rollouts shown, deleted tokens struck through.")
+
+
+Task = Annotated[SyntheticTask | Gsm8kTask, Field(discriminator="name")]
+
+
+class Settings(Section):
+    """The whole configuration."""
+
+    run: RunSettings = Field(default_factory=RunSettings, description="Where, how often, which seed.")
+    task: Task = Field(default_factory=SyntheticTask, description="Where problems come from.")
+    undo: UndoSettings = Field(default_factory=UndoSettings, description="The undo token.")
+    base: BaseSettings = Field(default_factory=BaseSettings, description="The model to start from.")
+    engine: EngineSettings = Field(default_factory=EngineSettings, description="What generates.")
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings, description="What runs where.")
+    rollouts: RolloutSettings = Field(default_factory=RolloutSettings, description="Sampling the model's own tries.")
+    judge: JudgeSettings = Field(default_factory=JudgeSettings, description="Right or wrong, and where it went wrong.")
+    traces: TraceSettings = Field(default_factory=TraceSettings, description="Backtrack traces from judged rollouts.")
+    sft: SftSettings = Field(default_factory=SftSettings, description="Masked fine-tuning.")
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="Measuring.")
+    report: ReportSettings = Field(default_factory=ReportSettings, description="The page.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_task(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("task"), dict):
+            return value | {"task": {"name": "synthetic"} | value["task"]}
+        return value
+
+
+def load_settings(file: Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read a yaml file, apply `key.sub=value` overrides, validate.
+
+    Raises:
+        ConfigError: one line that names the key, its file (or the command line) and what is allowed.
+    """
+    try:
+        from_file = OmegaConf.load(file)
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file {file}") from None
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is no yaml file: {' '.join(str(error).split())}") from None
+    if not isinstance(from_file, DictConfig):
+        raise ConfigError(f"{file} must hold keys and values at its top level")
+    from_command_line = _parse_overrides(overrides)
+    try:
+        merged = OmegaConf.to_container(OmegaConf.merge(from_file, from_command_line), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        path = [str(part) for part in problem["loc"] if part not in ("synthetic", "gsm8k")]
+        key = ".".join(path)
+        where = "the command line" if OmegaConf.select(from_command_line, key, default=None) is not None else str(file)
+        raise ConfigError(f"{key} (set in {where}): {_explain(problem, path)}") from None
+
+
+def dump_settings(settings: Settings) -> str:
+    """The resolved configuration as yaml; `load_settings` reads it back to the same settings."""
+    return OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")))
+
+
+def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    for text in overrides:
+        key, sign, _ = text.partition("=")
+        if not sign or not key or not all(part.isidentifier() for part in key.split(".")):
+            raise ConfigError(f"override {text!r} is not of the form key.sub=value")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"override {overrides}: {' '.join(str(error).split())}") from None
+
+
+def _explain(problem: Any, path: Sequence[str]) -> str:
+    """What is allowed there, in words, with the value that stood there."""
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(path[:-1], problem)
+        return f"no such key; known here: {', '.join(known)}"
+    if problem["type"] == "union_tag_invalid":
+        return f"name must be {problem['ctx']['expected_tags']}, not '{problem['ctx']['tag']}'"
+    shown = repr(problem["input"])
+    value = "" if isinstance(problem["input"], dict) else f", not {shown[:60]}"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{message}{value}"
+
+
+def _fields_at(path: Sequence[str], problem: Any) -> list[str]:
+    model: Any = Settings
+    for part in path:
+        model = model.model_fields[part].annotation
+        if typing.get_origin(model) in (typing.Union, types.UnionType):
+            chosen = "gsm8k" if "gsm8k" in problem["loc"] else "synthetic"
+            model = next(m for m in typing.get_args(model) if m.model_fields["name"].annotation == Literal[chosen])
+    return list(model.model_fields)
+
+
+def describe_settings() -> str:
+    """All settings, one a line, with default and meaning: what `--help` shows."""
+    lines: list[str] = []
+    _describe(Settings, "", lines)
+    return "\n".join(lines)
+
+
+def _describe(model: Any, prefix: str, lines: list[str]) -> None:
+    for name, field in model.model_fields.items():
+        members = _models_of(field.annotation)
+        for member in members:
+            _describe(member, f"{prefix}{name}.", lines)
+        if not members:
+            default = "" if field.is_required() else f"={'null' if field.default is None else field.default}"
+            lines.append(f"  {prefix}{name}{default}".ljust(44) + f"  {field.description}")
+
+
+def _models_of(annotation: Any) -> list[Any]:
+    """The sections that a field may hold; none for a plain setting."""
+    parts = typing.get_args(annotation) or (annotation,)
+    return [part for part in parts if isinstance(part, type) and issubclass(part, Section)]

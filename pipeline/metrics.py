@@ -1,0 +1,150 @@
+"""From evaluated rows to `metrics.json`: the same figures for every model, split and family, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from pipeline.statistics import auroc, paired, share
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One problem decoded by one model."""
+
+    model: str
+    problem: str
+    split: str
+    family: str
+    hindsight: bool
+    correct: bool
+    """Of the surviving text."""
+    first_correct: bool
+    """With the undo token forbidden."""
+    tokens: int
+    """All emitted tokens, deleted ones included."""
+    undos: int
+    noops: int
+    spurious: int
+    """Undo tokens that deleted something while nothing wrong stood there."""
+    finish: str
+    token_ids: Sequence[int]
+    first_token_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One own error of the start model, under one model."""
+
+    model: str
+    problem: str
+    family: str
+    hindsight: bool
+    error: str
+    p_undo_error: float
+    """P(undo) at the evidence of the error, at temperature 1."""
+    p_undo_right: float
+    """P(undo) at the same place of the gold solution."""
+    logp_error: float
+    """Log-probability, in nats, of the tokens of the wrong decision given what stands before them."""
+
+
+def summarise(rows: Sequence[Evaluated], probes: Sequence[Probed], round: int, temperature: float) -> dict[str, Any]:
+    """Everything of one round that `metrics.json` holds; None wherever there are no rows to measure on."""
+    models = list(dict.fromkeys(row.model for row in rows))
+    splits = list(dict.fromkeys(row.split for row in rows))
+    evaluations: list[dict[str, Any]] = []
+    comparisons: list[dict[str, Any]] = []
+    for split in splits:
+        for group, belongs in _groups(rows):
+            chosen = {m: [r for r in rows if r.model == m and r.split == split and belongs(r)] for m in models}
+            for model, some in chosen.items():
+                place = {"round": round, "model": model, "split": split, "group": group, "temperature": temperature}
+                evaluations.append(place | {"mode": "soft"} | _soft(some))
+                evaluations.append(place | {"mode": "forbidden"} | _accuracy([row.first_correct for row in some]))
+            comparisons += _compare(chosen, round, split, group)
+    return {
+        "evaluations": evaluations,
+        "comparisons": comparisons,
+        "probes": [_detection(probes, round, model, *group) for model in models for group in _groups(probes)] if probes else [],
+    }
+
+
+def accepted(rows: Sequence[Evaluated]) -> bool:
+    """Whether the fine-tuned model may start the next round: its dev accuracy is not below the start model's."""
+
+    def right(model: str) -> int:
+        return sum(row.correct for row in rows if row.model == model and row.split == "dev")
+
+    return right("sft") >= right("base")
+
+
+def _groups(rows: Sequence[Any]) -> Iterator[tuple[str, Callable[[Any], bool]]]:
+    """all, then the two kinds, then every family; a group without rows is left out."""
+    yield "all", lambda row: True
+    for name, kind in (("forward", False), ("hindsight", True)):
+        if any(row.hindsight == kind for row in rows):
+            yield name, lambda row, kind=kind: row.hindsight == kind
+    for family in dict.fromkeys(row.family for row in rows):
+        yield family, lambda row, family=family: row.family == family
+
+
+def _accuracy(correct: Sequence[bool]) -> dict[str, Any]:
+    found = share(sum(correct), len(correct))
+    return {
+        "n": len(correct),
+        "accuracy": found.value if found else None,
+        "ci95": [found.low, found.high] if found else None,
+    }
+
+
+def _soft(rows: Sequence[Evaluated]) -> dict[str, Any]:
+    """Rates are shares of problems: with an undo, with a spurious undo, with a no-op undo."""
+    n = len(rows)
+    return _accuracy([row.correct for row in rows]) | {
+        "first_try_accuracy": sum(row.first_correct for row in rows) / n if n else None,
+        "tokens_per_problem": fmean(row.tokens for row in rows) if n else None,
+        "undo_rate": sum(row.undos > 0 for row in rows) / n if n else None,
+        "undos_per_problem": fmean(row.undos for row in rows) if n else None,
+        "spurious_undo_rate": sum(row.spurious > 0 for row in rows) / n if n else None,
+        "noop_undos": sum(row.noops for row in rows),
+        "wrong_to_right": sum(row.correct and not row.first_correct for row in rows),
+        "right_to_wrong": sum(row.first_correct and not row.correct for row in rows),
+        "cut_at_max_tokens": sum(row.finish == "length" for row in rows),
+    }
+
+
+def _compare(chosen: dict[str, list[Evaluated]], round: int, split: str, group: str) -> list[dict[str, Any]]:
+    """The fine-tuned model against each other one, and against its own first tries."""
+    if "sft" not in chosen:
+        return []
+    after = [row.correct for row in chosen["sft"]]
+    pairs = [(f"{model} soft", [row.correct for row in some]) for model, some in chosen.items() if model != "sft"]
+    pairs.append(("sft forbidden", [row.first_correct for row in chosen["sft"]]))
+    found = []
+    for name, before in pairs:
+        difference = paired(before, after)
+        if difference:
+            place = {"round": round, "split": split, "group": group, "before": name, "after": "sft soft"}
+            interval = {"ci95": [difference.low, difference.high]}
+            figures = {key: value for key, value in asdict(difference).items() if key not in ("low", "high")}
+            found.append(place | figures | interval)
+    return found
+
+
+def _detection(probes: Sequence[Probed], round: int, model: str, group: str, belongs: Callable[[Any], bool]) -> dict[str, Any]:
+    some = [probe for probe in probes if probe.model == model and belongs(probe)]
+    start = {probe.problem: probe.logp_error for probe in probes if probe.model == "base" and belongs(probe)}
+    wrong, right = [probe.p_undo_error for probe in some], [probe.p_undo_right for probe in some]
+    return {
+        "round": round,
+        "model": model,
+        "group": group,
+        "n": len(some),
+        "p_undo_error": fmean(wrong) if some else None,
+        "p_undo_right": fmean(right) if some else None,
+        "auroc": auroc(wrong, right),
+        "logp_error_change": fmean(probe.logp_error - start[probe.problem] for probe in some) if some else None,
+    }

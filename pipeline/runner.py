@@ -1,0 +1,209 @@
+"""Runs the stage graph of one run folder: what is up to date is reused, the rest is built; also plans without running."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config import Settings, dump_settings
+from pipeline.stages.graph import MODEL, NAMES, steps
+from pipeline.stages.stage import Context, Input, Stage, StageError
+from pipeline.store import Store, stage_key
+from pipeline.telemetry import StageLine, Terminal
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which stages a command may build; the others must stand already where they are needed."""
+
+    only: tuple[str, ...] = ()
+    first: str | None = None
+    last: str | None = None
+    force: bool = False
+    """Build the selected stages even when they are up to date."""
+
+    def __post_init__(self) -> None:
+        for name in (*self.only, self.first, self.last):
+            if name is not None and name not in NAMES:
+                raise StageError(f"no stage {name!r}; the stages are {', '.join(NAMES)}")
+        if self.first and self.last and NAMES.index(self.first) > NAMES.index(self.last):
+            raise StageError(f"--from {self.first} comes after --until {self.last}")
+
+    def holds(self, stage: str) -> bool:
+        at = NAMES.index(stage)
+        after = self.first is None or at >= NAMES.index(self.first)
+        before = self.last is None or at <= NAMES.index(self.last)
+        return (not self.only or stage in self.only) and after and before
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What would happen to one stage."""
+
+    round: int
+    stage: str
+    state: Literal["reuse", "rebuild", "skip"]
+    why: str
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A stage's inputs on disk and the key that its output would have."""
+
+    folders: dict[str, Path]
+    digests: dict[str, str]
+    settings: dict[str, object]
+    key: str
+
+
+class Pipeline:
+    """One run folder and its configuration."""
+
+    def __init__(self, settings: Settings, folder: Path, selection: Selection, terminal: Terminal) -> None:
+        self._settings, self._selection, self._terminal = settings, selection, terminal
+        self._store = Store(folder)
+        self._checked: dict[tuple[int, str], str | None] = {}  # damage found, by output; hashing is done once
+
+    def plan(self) -> Iterator[Planned]:
+        """What `run` would do, stage by stage, without doing it."""
+        rebuilt: set[tuple[int, str]] = set()
+        for round, stage in steps(self._settings.run.rounds):
+            state, why = self._decide(round, stage, rebuilt)
+            if state == "rebuild":
+                rebuilt.add((round, stage.name))
+            yield Planned(round, stage.name, state, why)
+
+    def run(self) -> list[StageLine]:
+        """Build what is not up to date. Lines of the summary, one a stage.
+
+        Raises:
+            StageError: a stage cannot run, or an input that is not selected is missing or damaged.
+        """
+        from actors.workers import Workers  # torch and ray are needed from here on
+
+        lines: list[StageLine] = []
+        folder = self._store.root
+        (folder / "config.yaml").write_text(dump_settings(self._settings))
+        with ExitStack() as stack:
+            workers: Workers | None = None
+            for round, stage in steps(self._settings.run.rounds):
+                state, why = self._decide(round, stage, set())
+                if state == "rebuild":
+                    if workers is None:
+                        workers = stack.enter_context(Workers(self._settings, folder / "logs", self._terminal.info))
+                    began = time.monotonic()
+                    self._build(round, stage, workers)
+                    lines.append(self._line(round, stage, time.monotonic() - began, "built"))
+                else:
+                    if why:
+                        self._terminal.warn(f"{stage.name}: {why}")
+                    lines.append(self._line(round, stage, 0.0, "reused" if state == "reuse" else "skipped"))
+        return lines
+
+    def publish(self) -> Path | None:
+        """Put the newest report beside the rounds; its path, or None when there is none."""
+        source = self._store.path(self._settings.run.rounds, "report")
+        if self._store.manifest(self._settings.run.rounds, "report") is None:
+            return None
+        for name in ("report.html", "metrics.json"):
+            part = self._store.root / f".{name}.part"
+            shutil.copyfile(source / name, part)
+            part.replace(self._store.root / name)
+        return self._store.root / "report.html"
+
+    def _line(self, round: int, stage: Stage, seconds: float, state: Literal["reused", "built", "skipped"]) -> StageLine:
+        manifest = self._store.manifest(round, stage.name)
+        return StageLine(round, stage.name, manifest.counts.get("rows") if manifest else None, seconds, state)
+
+    def _decide(self, round: int, stage: Stage, rebuilt: set[tuple[int, str]]) -> tuple[Literal["reuse", "rebuild", "skip"], str]:
+        """What to do with a stage, and a word on why where that is no matter of course."""
+        selected = self._selection.holds(stage.name)
+        changed = [name for name, at in self._places(round, stage, rebuilt).items() if at is None or at in rebuilt]
+        if changed:
+            return ("rebuild", f"{changed[0]} is rebuilt") if selected else ("skip", f"not selected, though {changed[0]} is rebuilt")
+        absent = self._store.manifest(round, stage.name) is None
+        if not selected and absent:
+            return "skip", ""
+        damage = None if absent else self._damage(round, stage.name)
+        if not selected:
+            if damage:
+                raise StageError(f"{damage}; select {stage.name} to rebuild it")
+            stale = self._store.manifest(round, stage.name).key != self._resolve(round, stage).key  # type: ignore[union-attr]
+            return "reuse", "was built from other settings or inputs and is not selected" if stale else ""
+        if self._selection.force:
+            return "rebuild", "--force"
+        if absent:
+            return "rebuild", "not built yet"
+        if damage:
+            return "rebuild", damage
+        if self._store.manifest(round, stage.name).key != self._resolve(round, stage).key:  # type: ignore[union-attr]
+            return "rebuild", "settings or inputs changed"
+        return "reuse", ""
+
+    def _build(self, round: int, stage: Stage, workers: object) -> None:
+        found = self._resolve(round, stage)
+        module = importlib.import_module(f"pipeline.stages.{stage.name}")
+        seed = self._settings.run.seed
+        (self._store.root / ".tmp").mkdir(exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(dir=self._store.root / ".tmp") as scratch,
+            self._store.write(
+                round, stage.name, key=found.key, settings=found.settings, inputs=found.digests, seed=seed
+            ) as draft,
+        ):
+            module.run(
+                Context(
+                    settings=self._settings,
+                    round=round,
+                    out=draft.path,
+                    scratch=Path(scratch),
+                    counts=draft.counts,
+                    inputs=found.folders,
+                    digests=found.digests,
+                    terminal=self._terminal,
+                    workers=workers,  # type: ignore[arg-type]
+                )
+            )
+        self._checked[round, stage.name] = None
+
+    def _resolve(self, round: int, stage: Stage) -> Resolved:
+        folders, digests = {}, {}
+        for name, place in self._places(round, stage, set()).items():
+            assert place is not None  # nothing is about to be rebuilt, so every model is known
+            manifest = self._store.manifest(*place)
+            if manifest is None:
+                raise StageError(f"{stage.name} needs {place[1]} of round {place[0]}, which is not there: select it too")
+            if damage := self._damage(*place):
+                raise StageError(f"{stage.name} needs {place[1]} of round {place[0]}: {damage}")
+            folders[name], digests[name] = self._store.path(*place), manifest.digest
+        settings: dict[str, object] = dict(stage.settings(self._settings))
+        return Resolved(folders, digests, settings, stage_key(stage.name, stage.version, settings, digests))
+
+    def _places(self, round: int, stage: Stage, rebuilt: set[tuple[int, str]]) -> dict[str, tuple[int, str] | None]:
+        """Where each input stands; None for a model that depends on an evaluation still to be made."""
+        return {
+            one.name: self._start_model(one, rebuilt) if one.stage == MODEL else (one.round, one.stage)
+            for one in stage.inputs(round)
+        }
+
+    def _start_model(self, wanted: Input, rebuilt: set[tuple[int, str]]) -> tuple[int, str] | None:
+        for round in range(wanted.round - 1, 0, -1):
+            if (round, "evaluate") in rebuilt:
+                return None
+            metrics = self._store.path(round, "evaluate") / "metrics.json"
+            if metrics.is_file() and json.loads(metrics.read_text())["accepted"]:
+                return round, "sft"
+        return 0, "base"
+
+    def _damage(self, round: int, stage: str) -> str | None:
+        if (round, stage) not in self._checked:
+            self._checked[round, stage] = self._store.check(round, stage)
+        return self._checked[round, stage]

@@ -1,0 +1,1 @@
+"""The stages of a round, one file each; graph.py says how they hang together."""

@@ -1,0 +1,125 @@
+"""The loop at a glance: every stage with what it reads and which settings matter to it. Imports no stage's code."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Gsm8kTask, Settings
+from pipeline.stages.stage import Input, Stage, StageError
+
+MODEL = "model"
+"""Stands for the newest accepted model before a round: an earlier round's sft output, or base."""
+
+_PROBLEMS = Input("problems", 0, "problems")
+
+
+def _model(round: int) -> Input:
+    return Input(MODEL, round, MODEL)
+
+
+def _problem_settings(settings: Settings) -> dict[str, Any]:
+    task = settings.task
+    files = [task.train_file, task.test_file] if isinstance(task, Gsm8kTask) else []
+    # A changed file is a changed input, whatever its name.
+    return {"task": task.model_dump(mode="json"), "seed": settings.run.seed, "files": [_digest(f) for f in files if f]}
+
+
+def _digest(file: str) -> str:
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError as error:
+        raise StageError(f"task: cannot read {file}: {error.strerror}") from error
+
+
+def _generation(settings: Settings) -> dict[str, Any]:
+    """What every stage that generates depends on."""
+    longest = max(settings.rollouts.max_tokens, settings.evaluate.max_tokens)
+    engine = settings.engine.model_dump(mode="json", include={"kind", "dtype", "max_prompt"})
+    return {"engine": engine, "longest": longest, "prompt": settings.base.prompt, "seed": settings.run.seed}
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("problems", 1, lambda round: (), _problem_settings, per_round=False),
+    Stage(
+        "base",
+        1,
+        lambda round: (_PROBLEMS,),
+        lambda s: {
+            "base": s.base.model_dump(mode="json"),
+            "undo": s.undo.model_dump(mode="json", exclude={"unit"}),
+            "seed": s.run.seed,
+        },
+        per_round=False,
+    ),
+    Stage(
+        "rollouts",
+        1,
+        lambda round: (_PROBLEMS, _model(round)),
+        lambda s: _generation(s) | {"rollouts": s.rollouts.model_dump(mode="json", exclude={"batch"}), "token": s.undo.token},
+    ),
+    Stage(
+        "judge",
+        1,
+        lambda round: (_PROBLEMS, _model(round), Input("rollouts", round, "rollouts")),
+        lambda s: {"token": s.undo.token, "prompt": s.base.prompt},
+    ),
+    Stage(
+        "traces",
+        1,
+        lambda round: (_PROBLEMS, _model(round), Input("rollouts", round, "rollouts"), Input("judge", round, "judge")),
+        lambda s: {
+            "traces": s.traces.model_dump(mode="json", exclude={"replay"}),
+            "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
+            "prompt": s.base.prompt,
+            "seed": s.run.seed,
+        },
+    ),
+    Stage(
+        "sft",
+        1,
+        lambda round: (_PROBLEMS, _model(round), *(Input(f"traces-{r}", r, "traces") for r in range(1, round + 1))),
+        lambda s: {
+            "sft": s.sft.model_dump(mode="json"),
+            "replay": s.traces.replay,
+            "token": s.undo.token,
+            "prompt": s.base.prompt,
+            "seed": s.run.seed,
+        },
+    ),
+    Stage(
+        "evaluate",
+        1,
+        lambda round: (_PROBLEMS, _model(round), Input("sft", round, "sft")),
+        lambda s: _generation(s)
+        | {
+            "evaluate": s.evaluate.model_dump(mode="json"),
+            "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
+        },
+    ),
+    Stage(
+        "report",
+        1,
+        lambda round: (
+            _PROBLEMS,
+            Input("base", 0, "base"),
+            *(Input(f"{name}-{r}", r, name) for r in range(1, round + 1) for name in ("judge", "traces", "sft", "evaluate")),
+        ),
+        lambda s: {
+            "report": s.report.model_dump(mode="json"),
+            "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
+            "name": s.run.name,
+            "config": s.model_dump(mode="json", exclude={"run": {"root"}}),
+        },
+        per_round=False,
+    ),
+)
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def steps(rounds: int) -> list[tuple[int, Stage]]:
+    """(round, stage) in the order of a run: what is made once, the rounds, the report of all of them."""
+    before = [(0, stage) for stage in STAGES if not stage.per_round and stage.name != "report"]
+    within = [(round, stage) for round in range(1, rounds + 1) for stage in STAGES if stage.per_round]
+    return [*before, *within, (rounds, STAGES[-1])]

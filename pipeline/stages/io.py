@@ -1,0 +1,93 @@
+"""How stages read and write: rows as `datasets.Dataset` folders, token ids and text side by side, small JSON files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, load_from_disk
+from transformers import AutoTokenizer
+
+from pipeline.backtrack.embedding import step_end_ids
+from pipeline.backtrack.undo import UndoRule
+from pipeline.config import UndoSettings
+from pipeline.tasks.problem import Problem
+
+
+def write_rows(rows: Sequence[dict[str, Any]], features: Features, folder: Path) -> None:
+    """Save rows as a Dataset. The same rows give the same bytes, so that equal content has an equal digest."""
+    columns = {name: [row[name] for row in rows] for name in features}
+    dataset = Dataset.from_dict(columns, features=features)
+    dataset._fingerprint = hashlib.sha256(str(features).encode()).hexdigest()[:16]  # the default one is random
+    dataset.save_to_disk(folder, max_shard_size="500MB")
+
+
+def read_rows(folder: Path) -> Dataset:
+    return load_from_disk(str(folder))
+
+
+def read_problems(folder: Path, split: str | None = None) -> list[Problem]:
+    """Problems of one split, or of all, in their stored order."""
+    rows = read_rows(folder)
+    return [Problem(**row) for row in rows if split is None or row["split"] == split]
+
+
+def write_json(value: Any, file: Path) -> None:
+    file.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Ids of a completion with their text and the characters of each token."""
+
+    ids: tuple[int, ...]
+    text: str
+    offsets: tuple[tuple[int, int], ...]
+    """[tokens] half-open character spans; a character made of several tokens belongs to the last of them."""
+
+
+class Codec:
+    """A model folder's tokenizer with the undo rule: text from ids, ids from text, prompts from questions."""
+
+    def __init__(self, folder: Path, undo: UndoSettings, prompt: str) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._prompt = prompt
+        undo_id = self.tokenizer.convert_tokens_to_ids(undo.token)
+        if undo_id is None or undo_id == self.tokenizer.unk_token_id:
+            raise ValueError(f"the tokenizer of {folder} lacks the undo token {undo.token!r}")
+        self.rule = UndoRule(undo_id, undo.unit, step_end_ids(self.tokenizer))
+        self.stop_id: int = self.tokenizer.eos_token_id
+
+    def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
+        """Ids of the prompt; text that spells a special token is split like any other text."""
+        return self.encode(self._prompt.format(question=problem.question))
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+
+    def solution_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a whole solution, the stop id included."""
+        return (*self.encode(text), self.stop_id)
+
+    def decode(self, ids: Sequence[int]) -> Text:
+        """Text of ids without the stop id and with undo tokens in their written form, and each token's characters."""
+        ids = tuple(ids[:-1]) if ids and ids[-1] == self.stop_id else tuple(ids)
+        pieces = [self._text([token]) for token in ids]
+        text = "".join(pieces)
+        if "\ufffd" in text or text != self._text(ids):
+            # A character spans several tokens, or text depends on neighbours: decode every prefix.
+            prefixes = [self._text(ids[:end]).rstrip("\ufffd") for end in range(len(ids) + 1)]
+            pieces = [after[len(before) :] for before, after in zip(prefixes, prefixes[1:], strict=False)]
+            text = "".join(pieces)
+        offsets, start = [], 0
+        for piece in pieces:
+            offsets.append((start, start + len(piece)))
+            start += len(piece)
+        return Text(ids, text, tuple(offsets))
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))

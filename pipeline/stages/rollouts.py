@@ -1,0 +1,110 @@
+"""Stage `rollouts`: the model's own tries at training problems, with the undo token forbidden: first tries, errors and all."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Sequence
+
+from datasets import Features, List, Value
+
+from actors.engines import Completion, Request, Sampling
+from pipeline.stages.io import Codec, read_problems, write_rows
+from pipeline.stages.stage import Context, StageError
+from pipeline.tasks.problem import Problem
+
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "problem": Value("string"),
+        "prompt_ids": List(Value("int32")),
+        "token_ids": List(Value("int32")),
+        "logprobs": List(Value("float32")),
+        "finish": Value("string"),
+        "version": Value("string"),
+    }
+)
+
+
+def run(context: Context) -> None:
+    settings = context.settings
+    asked = settings.rollouts
+    codec = Codec(context.inputs["model"], settings.undo, settings.base.prompt)
+    problems = read_problems(context.inputs["problems"], "train")
+    if asked.problems is not None and asked.problems < len(problems):
+        # Every round draws other problems, the same ones for the same seed.
+        problems = random.Random(f"{settings.run.seed}/{context.round}").sample(problems, asked.problems)
+    ids = [f"{problem.id}#{context.round}.{sample}" for problem in problems for sample in range(asked.samples)]
+    prompts = [codec.prompt_ids(problem) for problem in problems for _ in range(asked.samples)]
+    fits, too_long = within_context(context, [problem for problem in problems for _ in range(asked.samples)], prompts)
+    requests = [Request(prompts[i], row_seed(settings.run.seed, ids[i])) for i in fits]
+    sampling = Sampling(
+        asked.temperature, asked.top_p, asked.max_tokens, codec.stop_id, (codec.rule.undo_id,), logprobs=asked.logprobs
+    )
+    done, tokens = [0], [0]
+    with context.terminal.stage("rollouts", len(requests)) as progress:
+
+        def on_rows(rows: int, new_tokens: int) -> None:
+            done[0] += rows
+            tokens[0] += new_tokens
+            progress.update(done[0], f"{tokens[0]} tokens")
+
+        pool = context.workers.pool(context.inputs["model"], context.digests["model"], context_length(context))
+        completions, version = pool.generate(requests, sampling, asked.batch, on_rows)
+    rows = [_row(ids[i], prompts[i], completion, version) for i, completion in zip(fits, completions, strict=True)]
+    write_rows(rows, FEATURES, context.out)
+    cut = sum(completion.finish == "length" for completion in completions)
+    context.counts.update(rows=len(rows), tokens=tokens[0], cut_at_max_tokens=cut, prompt_too_long=too_long)
+
+
+def _row(row_id: str, prompt: Sequence[int], completion: Completion, version: str) -> dict[str, object]:
+    return {
+        "id": row_id,
+        "problem": row_id.partition("#")[0],
+        "prompt_ids": prompt,
+        "token_ids": completion.token_ids,
+        "logprobs": completion.logprobs,
+        "finish": completion.finish,
+        "version": version,
+    }
+
+
+def row_seed(seed: int, row_id: str) -> int:
+    """A row's seed comes from its id, not from where or when it runs."""
+    return zlib.crc32(f"{seed}/{row_id}".encode()) & 0x7FFFFFFF
+
+
+def context_length(context: Context) -> int:
+    """Longest row of the engines: what all stages that generate may need, within what the model can see."""
+    settings = context.settings
+    longest = max(settings.rollouts.max_tokens, settings.evaluate.max_tokens) + settings.engine.max_prompt
+    limit = model_context(context)
+    return min(longest, limit) if limit else longest
+
+
+def model_context(context: Context) -> int | None:
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(context.inputs["model"]), "max_position_embeddings", None)
+
+
+def within_context(context: Context, problems: Sequence[Problem], prompts: Sequence[Sequence[int]]) -> tuple[list[int], int]:
+    """Indices of the prompts that leave room for a completion, and how many do not: those are reported, never cut.
+
+    Raises:
+        StageError: none fits.
+    """
+    room = context_length(context) - max(context.settings.rollouts.max_tokens, context.settings.evaluate.max_tokens)
+    fits = [i for i, prompt in enumerate(prompts) if 0 < len(prompt) <= room]
+    if not fits:
+        raise StageError(
+            f"rollouts: every prompt is longer than the {room} tokens that max_tokens leaves of the context; "
+            "lower rollouts.max_tokens and evaluate.max_tokens or raise engine.max_prompt"
+        )
+    if len(fits) < len(prompts):
+        worst = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+        context.terminal.warn(
+            f"{len(prompts) - len(fits)} of {len(prompts)} prompts are longer than {room} tokens and were left out; "
+            f"the longest, {problems[worst].id}, has {len(prompts[worst])} (engine.max_prompt)"
+        )
+    return fits, len(prompts) - len(fits)

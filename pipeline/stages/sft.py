@@ -1,0 +1,54 @@
+"""Stage `sft`: masked fine-tuning on traces and clean rows, and the clean control: same start, same steps, no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from actors.learner import Curve
+from actors.packing import Example
+from actors.workers import curve_json
+from pipeline.stages.base import clean_example
+from pipeline.stages.io import Codec, read_problems, read_rows, write_json
+from pipeline.stages.stage import Context, StageError
+
+CONTROL = "control"
+"""Folder of the clean control below the stage's own model folder."""
+
+
+def run(context: Context) -> None:
+    settings = context.settings
+    traces = [_example(row) for name, folder in context.inputs.items() if name.startswith("traces") for row in read_rows(folder)]
+    if not traces:
+        raise StageError("sft: the traces stage left no rows")
+    curve = _train(context, "sft", traces, context.out)
+    context.counts.update(rows=len(traces), steps=curve.step, tokens=curve.tokens, target_tokens=curve.target_tokens)
+    context.counts["left_out"] = curve.left_out
+    if settings.sft.control:
+        codec = Codec(context.inputs["model"], settings.undo, settings.base.prompt)
+        clean = [clean_example(codec, problem) for problem in read_problems(context.inputs["problems"], "train")]
+        control = _train(context, "sft/control", clean, context.out / CONTROL)
+        context.counts.update(control_rows=len(clean), control_steps=control.step, control_tokens=control.tokens)
+
+
+def _example(row: dict[str, Any]) -> Example:
+    return Example(tuple(row["input_ids"]), tuple(row["labels"]))
+
+
+def _train(context: Context, name: str, examples: Sequence[Example], target: Path) -> Curve:
+    train = context.settings.sft
+    with context.terminal.stage(name, train.steps, "steps") as progress:
+        curve = context.workers.fit(
+            context.inputs["model"],
+            target,
+            examples,
+            train,
+            context.settings.run.seed,
+            lambda c: progress.update(c.step, f"loss {c.losses[-1][1]:.3f}" if c.losses else ""),
+        )
+        progress.update(curve.step, f"loss {curve.losses[-1][1]:.3f}" if curve.losses else "")
+    if curve.left_out:
+        context.terminal.warn(f"{name}: {curve.left_out} of {len(examples)} rows are longer than sft.row_tokens and were left out")
+    write_json(curve_json(curve), target / "curve.json")
+    return curve

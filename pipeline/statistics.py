@@ -1,0 +1,62 @@
+"""Intervals and tests for accuracies: every number of a report goes through here, on scipy's implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy.stats import binomtest, mannwhitneyu
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of n rows with its 95 % Wilson interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def share(hits: int, n: int) -> Share | None:
+    """None when there is nothing to take a share of."""
+    if n == 0:
+        return None
+    interval = binomtest(hits, n).proportion_ci(method="wilson")
+    return Share(hits / n, float(interval.low), float(interval.high), n)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Difference of two accuracies on the same problems."""
+
+    difference: float
+    low: float
+    high: float
+    """95 % interval of the difference (normal approximation for paired shares)."""
+    mcnemar_p: float
+    """Exact two-sided McNemar test."""
+    gained: int
+    lost: int
+    n: int
+
+
+def paired(before: Sequence[bool], after: Sequence[bool]) -> Paired | None:
+    """after - before. None for no rows. Raises ValueError when the lengths differ."""
+    pairs = list(zip(before, after, strict=True))
+    n = len(pairs)
+    if n == 0:
+        return None
+    gained = sum(b and not a for a, b in pairs)
+    lost = sum(a and not b for a, b in pairs)
+    difference = (gained - lost) / n
+    half = 1.96 * max(0.0, gained + lost - (gained - lost) ** 2 / n) ** 0.5 / n
+    p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return Paired(difference, difference - half, difference + half, p, gained, lost, n)
+
+
+def auroc(positive: Sequence[float], negative: Sequence[float]) -> float | None:
+    """Probability that a positive scores above a negative, ties counted half; None when one side is empty."""
+    if not positive or not negative:
+        return None
+    return float(mannwhitneyu(positive, negative).statistic) / (len(positive) * len(negative))

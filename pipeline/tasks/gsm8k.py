@@ -1,0 +1,99 @@
+"""GSM8K, from the hub or from local jsonl files with `question` and `answer`; bad lines are named by file and number."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Gsm8kTask
+from pipeline.tasks.problem import Problem, TaskError
+
+_FINAL = re.compile(r"^####\s*(\S.*?)\s*$", re.MULTILINE)
+
+
+def load(task: Gsm8kTask, seed: int) -> tuple[list[Problem], int]:
+    """All problems, and how many bad rows were skipped. The dev split is drawn from the training rows.
+
+    Raises:
+        TaskError: a missing file, a bad row (with on_bad_row: fail), or too few rows.
+    """
+    train, bad_train = _read(task, "train", task.train_file, task.max_train and task.max_train + task.dev)
+    test, bad_test = _read(task, "test", task.test_file, task.max_test)
+    if len(train) <= task.dev:
+        raise TaskError(f"task.dev={task.dev} leaves nothing of {len(train)} training problems")
+    asked = {problem.question for problem in test}
+    train = [problem for problem in train if problem.question not in asked]
+    dev = set(random.Random(seed).sample(range(len(train)), task.dev))
+    split = [_with_split(problem, "dev" if i in dev else "train") for i, problem in enumerate(train)]
+    return split + test, bad_train + bad_test
+
+
+def _read(task: Gsm8kTask, split: str, file: str | None, most: int | None) -> tuple[list[Problem], int]:
+    problems: list[Problem] = []
+    seen: set[str] = set()
+    bad = 0
+    for where, row in _file_rows(Path(file)) if file else _hub_rows(task.hub_id, split):
+        try:
+            problem = _problem(row, split, len(problems))
+        except TaskError as error:
+            if task.on_bad_row == "fail":
+                raise TaskError(f"{where}: {error} (task.on_bad_row=skip passes over such rows)") from None
+            bad += 1
+            continue
+        if problem.question not in seen:
+            seen.add(problem.question)
+            problems.append(problem)
+        if len(problems) == most:
+            break
+    if not problems:
+        raise TaskError(f"{file or task.hub_id}: no usable row in the {split} split ({bad} bad ones)")
+    return problems, bad
+
+
+def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    try:
+                        yield f"{file}:{number}", json.loads(line)
+                    except (json.JSONDecodeError, RecursionError):
+                        yield f"{file}:{number}", None
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"cannot read {file}: {error}") from error
+
+
+def _hub_rows(hub_id: str, split: str) -> Iterable[tuple[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(hub_id, "main", split=split)
+    except Exception as error:  # the hub client raises many unrelated types; all mean that there are no rows
+        raise TaskError(
+            f"task.hub_id: cannot load {hub_id} from the hub ({type(error).__name__}); "
+            "set task.train_file and task.test_file to local jsonl files"
+        ) from error
+    return ((f"{hub_id}/{split} row {number}", row) for number, row in enumerate(rows))
+
+
+def _problem(row: Any, split: str, index: int) -> Problem:
+    if not isinstance(row, Mapping):
+        raise TaskError("not a JSON object")
+    for key in ("question", "answer"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise TaskError(f"{key!r} is missing, empty or no text")
+    finals = _FINAL.findall(row["answer"])
+    if not finals:
+        raise TaskError("the answer has no line '#### number'")
+    answer = finals[-1].replace(",", "").removeprefix("$")
+    if not re.fullmatch(r"-?\d+(\.\d+)?", answer):
+        raise TaskError(f"the gold answer {finals[-1][:40]!r} is no number")
+    return Problem(f"gsm8k/{split}/{index}", split, "gsm8k", False, row["question"].strip(), row["answer"].strip(), answer)
+
+
+def _with_split(problem: Problem, split: str) -> Problem:
+    return Problem(**{**problem.__dict__, "split": split, "id": problem.id.replace("/train/", f"/{split}/")})

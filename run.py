@@ -1,0 +1,10 @@
+"""retract from the command line: `python run.py [--config configs/tiny.yaml] [key.sub=value ...]`."""
+
+from __future__ import annotations
+
+import sys
+
+from pipeline.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
