@@ -19,8 +19,10 @@ class ClusterError(RuntimeError):
 
 
 @contextmanager
-def ray_session(cluster: ClusterSettings) -> Iterator[None]:
-    """Ray for the length of a run: RAY_ADDRESS or cluster.address is joined, otherwise a local Ray starts and ends here.
+def ray_session(cluster: ClusterSettings) -> Iterator[str]:
+    """Ray for the length of a run; yields the dashboard's address, "" where there is none.
+
+    RAY_ADDRESS or cluster.address is joined; otherwise a local Ray starts and ends here.
 
     Raises:
         ClusterError: no Ray at the address, or too few resources for the actors.
@@ -31,7 +33,7 @@ def ray_session(cluster: ClusterSettings) -> Iterator[None]:
     python_path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     local: dict[str, Any] = {} if address else {"dashboard_host": "127.0.0.1", "include_dashboard": True}
     try:
-        ray.init(
+        joined = ray.init(
             address=address,
             log_to_driver=True,
             logging_level=logging.ERROR,
@@ -42,27 +44,22 @@ def ray_session(cluster: ClusterSettings) -> Iterator[None]:
         raise ClusterError(f"cannot reach Ray at {address or 'this machine'}: {' '.join(str(error).split())[:300]}") from error
     try:
         _check_resources(cluster)
-        yield
+        yield joined.dashboard_url or ""
     finally:
         ray.shutdown()
-
-
-def dashboard_url() -> str | None:
-    return ray._private.worker.get_dashboard_url() if ray.is_initialized() else None
 
 
 def _check_resources(cluster: ClusterSettings) -> None:
     """An actor that never fits would stay pending for ever: say so before any work starts."""
     total = ray.cluster_resources()
     rollouts = cluster.rollout_actors
-    # The learner and the judges run while the rollout actors keep their engines.
-    beside = (cluster.learner, cluster.judge)
+    beside = (cluster.learner, cluster.judge)  # all three stay or run at the same time
     for kind, key in (("CPU", "cpus"), ("GPU", "gpus")):
-        needed = rollouts * getattr(cluster.rollout, key) + max(getattr(part, key) for part in beside)
+        needed = rollouts * getattr(cluster.rollout, key) + sum(getattr(part, key) for part in beside)
         if needed > total.get(kind, 0):
             raise ClusterError(
                 f"the cluster has {total.get(kind, 0):g} {kind}s, but {rollouts} rollout actors (cluster.rollout.{key}) beside "
-                f"the learner (cluster.learner.{key}) or a judge (cluster.judge.{key}) need {needed:g}; lower these settings"
+                f"the learner (cluster.learner.{key}) and a judge (cluster.judge.{key}) need {needed:g}; lower these settings"
             )
 
 

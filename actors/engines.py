@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from pipeline.config import EngineSettings
-
 
 _PREFILL_TOKENS = 8192  # prompts of one vLLM step; without chunked prefill it must hold the longest one
 
@@ -154,15 +153,15 @@ class HfEngine:
 
     kind = "hf"
 
-    def __init__(self, model: PreTrainedModel, max_num_seqs: int) -> None:
+    def __init__(self, model: Any, max_num_seqs: int) -> None:
         self.model = model
         self._max_num_seqs = max_num_seqs
 
     @classmethod
     def from_folder(cls, folder: Path, settings: EngineSettings) -> HfEngine:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype)).to(device).eval()
-        return cls(model, settings.max_num_seqs)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype))
+        return cls(model.to(device).eval(), settings.max_num_seqs)
 
     def load_weights(self, folder: Path) -> None:
         fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype)

@@ -157,7 +157,13 @@ class _KeepBest(TrainerCallback):
     """Measures greedy dev accuracy, keeps the best weights, ends training after `patience` measurements without a rise."""
 
     def __init__(self, curve: Curve, check: DevCheck, settings: BaseTraining, tokenizer: Any, model: Any) -> None:
-        self._curve, self._check, self._settings, self._tokenizer, self._model = curve, check, settings, tokenizer, model
+        self._curve, self._check, self._settings, self._tokenizer, self._model = (
+            curve,
+            check,
+            settings,
+            tokenizer,
+            model,
+        )
         self._best: dict[str, torch.Tensor] = {}
         self._best_accuracy = -1.0
         self._without_rise = 0
@@ -190,8 +196,7 @@ class _KeepBest(TrainerCallback):
         return right / len(texts)
 
 
-@ray.remote(max_concurrency=2)  # one thread trains, the other answers `progress`
-class LearnerActor:
+class _Learner:
     """Trains one model after another; the driver polls `progress` meanwhile."""
 
     def __init__(self, log_file: str) -> None:
@@ -208,3 +213,6 @@ class LearnerActor:
 
     def progress(self) -> Curve:
         return self._curve
+
+
+LearnerActor: Any = ray.remote(max_concurrency=2)(_Learner)  # type: ignore[call-overload]  # one thread trains, the other answers

@@ -28,8 +28,7 @@ class Batch:
     """Digest of the weights that generated it."""
 
 
-@ray.remote
-class RolloutActor:
+class _Rollout:
     """Holds one engine."""
 
     def __init__(self, folder: str, version: str, settings: Settings, context: int, log_file: str) -> None:
@@ -46,6 +45,9 @@ class RolloutActor:
     def load_weights(self, folder: str, version: str) -> None:
         self._engine.load_weights(Path(folder))
         self._version = version
+
+
+RolloutActor: Any = ray.remote(_Rollout)
 
 
 class RolloutPool:

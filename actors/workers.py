@@ -10,11 +10,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from actors.cluster import ClusterError, actor_options, dashboard_url, ray_session
+from actors.cluster import ClusterError, actor_options, ray_session
 from actors.learner import Curve, DevCheck, LearnerActor
 from actors.packing import Example
+from actors.probe import ProbeRow
 from actors.rollout import RolloutPool
 from pipeline.config import Settings, TrainSettings
 
@@ -28,6 +29,7 @@ class Workers:
         self._settings, self._log_dir, self._say = settings, log_dir.resolve(), say
         self._ray: ExitStack | None = None
         self._pool: RolloutPool | None = None
+        self._learner: Any = None
 
     def __enter__(self) -> Self:
         return self
@@ -39,9 +41,8 @@ class Workers:
     def start(self) -> None:
         if self._ray is None:
             stack = ExitStack()
-            stack.enter_context(ray_session(self._settings.cluster))
+            url = stack.enter_context(ray_session(self._settings.cluster))
             self._ray = stack
-            url = dashboard_url()
             self._say(f"Ray is up: {ray.cluster_resources().get('CPU', 0):g} CPUs" + (f", dashboard http://{url}" if url else ""))
 
     def pool(self, folder: Path, version: str, context: int) -> RolloutPool:
@@ -64,34 +65,46 @@ class Workers:
         on_progress: Callable[[Curve], None],
         check: DevCheck | None = None,
     ) -> Curve:
-        """Train in a learner actor of its own, which ends with the training and gives its memory back.
+        """Train the model of `source` in the learner actor and save it as `target`.
 
         Raises:
             ClusterError: the learner died or could not be placed.
         """
-        return self._learner("fit", on_progress, str(source.resolve()), str(target.resolve()), examples, settings, seed, check)
+        learner = self._ready_learner()
+        result = learner.fit.remote(str(source.resolve()), str(target.resolve()), examples, settings, seed, check)
+        while not ray.wait([result], timeout=_POLL_SECONDS)[0]:
+            answer = learner.progress.remote()
+            if ray.wait([answer, result], timeout=_POLL_SECONDS)[0] == [answer]:  # a busy learner answers at the next poll
+                on_progress(self._get(answer))
+        curve: Curve = self._get(result)
+        return curve
 
-    def call_learner(self, method: str, *args: Any) -> Any:
-        """Any other method of the learner, such as `probe`."""
-        return self._learner(method, lambda curve: None, *args)
+    def probe(self, folder: Path, rows: Sequence[ProbeRow]) -> list[tuple[float, ...]]:
+        """Log-probabilities of the asked tokens under the model of `folder`, see actors/probe.py."""
+        found: list[tuple[float, ...]] = self._get(self._ready_learner().probe.remote(str(folder.resolve()), rows))
+        return found
 
-    def _learner(self, method: str, on_progress: Callable[[Curve], None], *args: Any) -> Any:
+    def _ready_learner(self) -> Any:
         self.start()
-        options = actor_options(self._settings.cluster.learner, "learner", 1)
-        learner: Any = LearnerActor.options(**options).remote(str(self._log_dir / "learner.log"))
+        if self._learner is None:
+            options = actor_options(self._settings.cluster.learner, "learner", 1)
+            self._learner = LearnerActor.options(**options).remote(str(self._log_dir / "learner.log"))
+            try:
+                ray.get(self._learner.progress.remote(), timeout=self._settings.cluster.start_timeout)
+            except GetTimeoutError:
+                raise ClusterError(
+                    f"the learner was not ready within cluster.start_timeout={self._settings.cluster.start_timeout} s; "
+                    f"its log is {self._log_dir / 'learner.log'}"
+                ) from None
+        return self._learner
+
+    def _get(self, ref: Any) -> Any:
         try:
-            result = getattr(learner, method).remote(*args)
-            while not ray.wait([result], timeout=_POLL_SECONDS)[0]:
-                answer = learner.progress.remote()
-                if ray.wait([answer], timeout=_POLL_SECONDS)[0]:  # a busy learner answers at the next poll
-                    on_progress(ray.get(answer))
-            return ray.get(result)
+            return ray.get(ref)
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from error
         except RayActorError as error:
             raise ClusterError(f"the learner died: {' '.join(str(error).split())[:400]}") from error
-        finally:
-            ray.kill(learner)
 
 
 def curve_json(curve: Curve) -> dict[str, Any]:

@@ -40,14 +40,16 @@ class SyntheticTask(Section):
     """Word problems from templates, seven families, see pipeline/tasks/families.py."""
 
     name: Literal["synthetic"] = Field("synthetic", description="Made here from templates.")
-    train: int = Field(4000, ge=8, le=100_000, description="Training problems; fixed, as GSM8K has 7,473.")
+    train: int = Field(7473, ge=8, le=100_000, description="Training problems; fixed, and as many as GSM8K has.")
     dev: int = Field(350, ge=8, le=20_000, description="Problems for early stopping and for accepting a round.")
     test: int = Field(700, ge=8, le=20_000, description="Problems for evaluation.")
     ood: int = Field(210, ge=8, le=20_000, description="Problems with more steps than any training problem.")
     families: list[FamilyName] = Field(
-        ["chain", "shop", "boxes", "budget", "legs"], min_length=1, description=f"Families to draw from: {', '.join(typing.get_args(FamilyName))}."
+        ["chain", "shop", "boxes", "budget", "legs"],
+        min_length=1,
+        description=f"Families to draw from: {', '.join(typing.get_args(FamilyName))}.",
     )
-    hindsight_share: float = Field(0.5, ge=0, le=1, description="Share of problems in which a choice precedes its evidence.")
+    hindsight_share: float = Field(0.4, ge=0, le=1, description="Share of problems in which a choice precedes its evidence.")
     steps: list[int] = Field([2, 4], min_length=2, max_length=2, description="Fewest and most steps of a solution.")
     ood_steps: list[int] = Field([5, 8], min_length=2, max_length=2, description="The same for the ood split.")
 
@@ -108,10 +110,10 @@ class TrainSettings(Section):
 
 
 class BaseTraining(TrainSettings):
-    steps: int = Field(2400, ge=1, le=10_000_000, description="Optimiser steps, at most.")
+    steps: int = Field(1600, ge=1, le=10_000_000, description="Optimiser steps, at most.")
     lr: float = Field(3e-3, gt=0, le=1, description="Peak learning rate (AdamW).")
     check_every: int = Field(200, ge=1, description="Steps between two measurements of greedy dev accuracy.")
-    check_problems: int = Field(200, ge=4, description="Dev problems in such a measurement.")
+    check_problems: int = Field(150, ge=4, description="Dev problems in such a measurement.")
     patience: int = Field(3, ge=1, description="Stop after this many measurements without a rise; the best model is kept.")
 
 
@@ -119,8 +121,8 @@ class BaseSettings(Section):
     model: str = Field("scratch", min_length=1, description="scratch, a hub id, or a local Hugging Face folder.")
     trust_remote_code: bool = Field(False, description="Run code that comes with a hub model.")
     prompt: str = Field("{question}\n", description="How a question becomes a prompt; holds {question} once.")
-    scratch: ScratchModel = Field(default_factory=ScratchModel, description="The tiny model, for model: scratch.")
-    train: BaseTraining = Field(default_factory=BaseTraining, description="Its training, for model: scratch.")
+    scratch: ScratchModel = Field(ScratchModel(), description="The tiny model, for model: scratch.")
+    train: BaseTraining = Field(BaseTraining(), description="Its training, for model: scratch.")
 
     @field_validator("prompt")
     @classmethod
@@ -148,9 +150,9 @@ class ActorResources(Section):
 class ClusterSettings(Section):
     address: str | None = Field(None, description="Ray address; null joins RAY_ADDRESS or starts Ray on this machine.")
     rollout_actors: int = Field(1, ge=1, le=4096, description="Rollout actors, each with an engine.")
-    rollout: ActorResources = Field(default_factory=ActorResources, description="Resources of one rollout actor.")
-    learner: ActorResources = Field(default_factory=ActorResources, description="Resources of the learner.")
-    judge: ActorResources = Field(default_factory=ActorResources, description="Resources of one judge task.")
+    rollout: ActorResources = Field(ActorResources(), description="Resources of one rollout actor.")
+    learner: ActorResources = Field(ActorResources(cpus=0.5), description="Resources of the learner.")
+    judge: ActorResources = Field(ActorResources(cpus=0.5), description="Resources of one judge task.")
     start_timeout: int = Field(300, ge=5, le=86_400, description="Seconds to wait for an actor to be placed and ready.")
 
 
@@ -201,18 +203,18 @@ Task = Annotated[SyntheticTask | Gsm8kTask, Field(discriminator="name")]
 class Settings(Section):
     """The whole configuration."""
 
-    run: RunSettings = Field(default_factory=RunSettings, description="Where, how often, which seed.")
-    task: Task = Field(default_factory=SyntheticTask, description="Where problems come from.")
-    undo: UndoSettings = Field(default_factory=UndoSettings, description="The undo token.")
-    base: BaseSettings = Field(default_factory=BaseSettings, description="The model to start from.")
-    engine: EngineSettings = Field(default_factory=EngineSettings, description="What generates.")
-    cluster: ClusterSettings = Field(default_factory=ClusterSettings, description="What runs where.")
-    rollouts: RolloutSettings = Field(default_factory=RolloutSettings, description="Sampling the model's own tries.")
-    judge: JudgeSettings = Field(default_factory=JudgeSettings, description="Right or wrong, and where it went wrong.")
-    traces: TraceSettings = Field(default_factory=TraceSettings, description="Backtrack traces from judged rollouts.")
-    sft: SftSettings = Field(default_factory=SftSettings, description="Masked fine-tuning.")
-    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="Measuring.")
-    report: ReportSettings = Field(default_factory=ReportSettings, description="The page.")
+    run: RunSettings = Field(RunSettings(), description="Where, how often, which seed.")
+    task: Task = Field(SyntheticTask(), description="Where problems come from.")
+    undo: UndoSettings = Field(UndoSettings(), description="The undo token.")
+    base: BaseSettings = Field(BaseSettings(), description="The model to start from.")
+    engine: EngineSettings = Field(EngineSettings(), description="What generates.")
+    cluster: ClusterSettings = Field(ClusterSettings(), description="What runs where.")
+    rollouts: RolloutSettings = Field(RolloutSettings(), description="Sampling the model's own tries.")
+    judge: JudgeSettings = Field(JudgeSettings(), description="Right or wrong, and where it went wrong.")
+    traces: TraceSettings = Field(TraceSettings(), description="Backtrack traces from judged rollouts.")
+    sft: SftSettings = Field(SftSettings(), description="Masked fine-tuning.")
+    evaluate: EvaluateSettings = Field(EvaluateSettings(), description="Measuring.")
+    report: ReportSettings = Field(ReportSettings(), description="The page.")
 
     @model_validator(mode="before")
     @classmethod
@@ -245,10 +247,10 @@ def load_settings(file: Path, overrides: Sequence[str] = ()) -> Settings:
         return Settings.model_validate(merged)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        path = [str(part) for part in problem["loc"] if part not in ("synthetic", "gsm8k")]
-        key = ".".join(path)
-        where = "the command line" if OmegaConf.select(from_command_line, key, default=None) is not None else str(file)
-        raise ConfigError(f"{key} (set in {where}): {_explain(problem, path)}") from None
+        loc = problem["loc"]
+        path = [str(part) for part in (loc[:1] + loc[2:] if loc[0] == "task" else loc)]  # behind `task` stands the task's name
+        where = "the command line" if _overridden(problem, path, from_file, from_command_line) else str(file)
+        raise ConfigError(f"{'.'.join(path)} (set in {where}): {_explain(problem, path)}") from None
 
 
 def dump_settings(settings: Settings) -> str:
@@ -265,6 +267,24 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
         return OmegaConf.from_dotlist(list(overrides))
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"override {overrides}: {' '.join(str(error).split())}") from None
+
+
+def _overridden(problem: Any, path: Sequence[str], from_file: DictConfig, from_command_line: DictConfig) -> bool:
+    """Whether the command line is at fault: it set the value, or keys of a section that do not go together with it."""
+    given: Any = OmegaConf.to_container(from_command_line)
+    for part in path:
+        if not isinstance(given, dict):
+            return True  # a list, given as a whole
+        if part not in given:
+            return False
+        given = given[part]
+    if not isinstance(given, dict):
+        return True
+    try:
+        Settings.model_validate(OmegaConf.to_container(from_file))
+    except ValidationError as error:
+        return all((alone["loc"], alone["msg"]) != (problem["loc"], problem["msg"]) for alone in error.errors())
+    return True
 
 
 def _explain(problem: Any, path: Sequence[str]) -> str:
@@ -293,17 +313,19 @@ def _fields_at(path: Sequence[str], problem: Any) -> list[str]:
 def describe_settings() -> str:
     """All settings, one a line, with default and meaning: what `--help` shows."""
     lines: list[str] = []
-    _describe(Settings, "", lines)
+    _describe(Settings, Settings(), "", lines)
     return "\n".join(lines)
 
 
-def _describe(model: Any, prefix: str, lines: list[str]) -> None:
+def _describe(model: Any, given: Section | None, prefix: str, lines: list[str]) -> None:
+    """`given` is the section that stands there by default, whose values may differ from the defaults of its class."""
     for name, field in model.model_fields.items():
         members = _models_of(field.annotation)
+        value = getattr(given, name) if given else field.default
         for member in members:
-            _describe(member, f"{prefix}{name}.", lines)
+            _describe(member, value if isinstance(value, member) else None, f"{prefix}{name}.", lines)
         if not members:
-            default = "" if field.is_required() else f"={'null' if field.default is None else field.default}"
+            default = "" if field.is_required() else f"={'null' if value is None else value}"
             lines.append(f"  {prefix}{name}{default}".ljust(44) + f"  {field.description}")
 
 

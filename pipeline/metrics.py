@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -86,9 +87,13 @@ def _groups(rows: Sequence[Any]) -> Iterator[tuple[str, Callable[[Any], bool]]]:
     yield "all", lambda row: True
     for name, kind in (("forward", False), ("hindsight", True)):
         if any(row.hindsight == kind for row in rows):
-            yield name, lambda row, kind=kind: row.hindsight == kind
+            yield name, partial(_has, "hindsight", kind)
     for family in dict.fromkeys(row.family for row in rows):
-        yield family, lambda row, family=family: row.family == family
+        yield family, partial(_has, "family", family)
+
+
+def _has(attribute: str, value: object, row: Any) -> bool:
+    return bool(getattr(row, attribute) == value)
 
 
 def _accuracy(correct: Sequence[bool]) -> dict[str, Any]:

@@ -128,7 +128,9 @@ class Pipeline:
         selected = self._selection.holds(stage.name)
         changed = [name for name, at in self._places(round, stage, rebuilt).items() if at is None or at in rebuilt]
         if changed:
-            return ("rebuild", f"{changed[0]} is rebuilt") if selected else ("skip", f"not selected, though {changed[0]} is rebuilt")
+            return (
+                ("rebuild", f"{changed[0]} is rebuilt") if selected else ("skip", f"not selected, though {changed[0]} is rebuilt")
+            )
         absent = self._store.manifest(round, stage.name) is None
         if not selected and absent:
             return "skip", ""
@@ -155,9 +157,7 @@ class Pipeline:
         (self._store.root / ".tmp").mkdir(exist_ok=True)
         with (
             tempfile.TemporaryDirectory(dir=self._store.root / ".tmp") as scratch,
-            self._store.write(
-                round, stage.name, key=found.key, settings=found.settings, inputs=found.digests, seed=seed
-            ) as draft,
+            self._store.write(round, stage.name, key=found.key, settings=found.settings, inputs=found.digests, seed=seed) as draft,
         ):
             module.run(
                 Context(

@@ -113,9 +113,7 @@ class Store:
     def path(self, round: int, stage: str) -> Path:
         """The folder of one output, there or not. Raises StoreError for a name that would leave the run folder."""
         if round < 0 or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", stage):
-            raise StoreError(
-                f"round {round}, stage {stage!r}: rounds count from 0, stage names are letters, digits, _.-"
-            )
+            raise StoreError(f"round {round}, stage {stage!r}: rounds count from 0, stage names are letters, digits, _.-")
         return self.root / str(round) / stage
 
     def manifest(self, round: int, stage: str) -> Manifest | None:

@@ -28,7 +28,8 @@ HUNDREDTH = Fraction(1, 100)
 DIMENSIONS = {
     word: dimension
     for dimension, words in {
-        "time": "second seconds minute minutes min mins hour hours hr hrs day days week weeks month months year years h s decade decades",
+        "time": "second seconds minute minutes min mins hour hours hr hrs h s "
+        "day days week weeks month months year years decade decades",
         "length": "inch inches foot feet yard yards mile miles mm cm m km meter meters centimeter centimeters kilometer kilometers",
         "money": "$ dollar dollars cent cents penny pennies nickel nickels dime dimes quarter quarters",
         "amount": "ounce ounces oz pound pounds lb lbs ton tons gram grams g kg kilogram kilograms "

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 from pipeline.tasks.families import BY_NAME
 from pipeline.tasks.problem import Problem
 from verifiers.arithmetic import equations
-from verifiers.judge import FirstError, Verdict, judge
+from verifiers.judge import FirstError, Verdict, judge, show
+from verifiers.steps import FINAL
 
 _CHOICE = re.compile(r"Try (\d{1,4}) ")
 
@@ -109,6 +110,19 @@ def _wrong_choice(problem: Problem, solution: str) -> re.Match[str] | None:
 
 def state_is_wrong(problem: Problem, text: str) -> bool:
     """Whether an unfinished solution holds an error already: what decides if an undo there was spurious."""
+    # The number at which it stops may equal the answer by chance: a wrong choice stays wrong until an answer is given.
+    if not FINAL.search(text) and _wrong_choice(problem, text):
+        return True
     error = judge_problem(problem, text).error
     # `answer` and `step` only say that the solution does not end as it should.
-    return error is not None and error.kind not in ("answer", "step")
+    if error is None or error.kind in ("answer", "step"):
+        return False
+    return error.end < len(text) or not _may_become_right(text)
+
+
+def _may_become_right(text: str) -> bool:
+    """Whether the text stops within a right result: `12+10=2` is no error while a digit can follow."""
+    last = max(equations(text), key=lambda equation: equation.right_end, default=None)
+    if last is None or last.left is None or last.right_end < len(text):
+        return False
+    return show(last.left).startswith(text[last.right_start :])

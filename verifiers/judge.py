@@ -139,9 +139,7 @@ def visible_tree(solution: str, operation: Operation) -> Node:
     return node
 
 
-def ending(
-    solution: str, steps: Sequence[Step], mine: Sequence[Operation], answer: str | None, gold_answer: str
-) -> FirstError:
+def ending(solution: str, steps: Sequence[Step], mine: Sequence[Operation], answer: str | None, gold_answer: str) -> FirstError:
     """No wrong calculation was found: blame the answer line when it states an answer, else the last step."""
     last = steps[-1]
     at = solution.rfind(answer, last.start, last.end) if answer else -1

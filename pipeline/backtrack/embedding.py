@@ -13,7 +13,13 @@ class UndoTokenError(ValueError):
 
 
 def add_undo_token(
-    model: Any, tokenizer: Any, token: str, init: Literal["mean", "words"], words: Sequence[str], noise: float, seed: int
+    model: Any,
+    tokenizer: Any,
+    token: str,
+    init: Literal["mean", "words"],
+    words: Sequence[str],
+    noise: float,
+    seed: int,
 ) -> int:
     """Add `token` to tokenizer and model in place and initialise its input and output rows.
 

@@ -64,7 +64,12 @@ def build_trace(
     Raises:
         ValueError: a try without tokens or without a wrong one, or an undo token inside any part.
     """
-    for name, part in (("prompt", prompt), ("prefix", prefix), ("correction", correction), *((("try", t.ids) for t in tries))):
+    for name, part in (
+        ("prompt", prompt),
+        ("prefix", prefix),
+        ("correction", correction),
+        *(("try", t.ids) for t in tries),
+    ):
         if rule.undo_id in part:
             raise ValueError(f"the {name} holds the undo token")
     if not all(any(wrong_try.wrong) for wrong_try in tries):
@@ -78,12 +83,12 @@ def build_trace(
     add(prefix, Role.PREFIX)
     kept = 0  # unit token: how many tokens of the correction stand already, since the undone try began with them
     for shared, wrong_try in sorted(((_shared(t, correction, rule), t) for t in tries), key=lambda pair: pair[0]):
-        ids.extend(wrong_try.ids[kept:])
-        roles.extend(Role.ERROR if wrong else Role.CONSEQUENCE for wrong in wrong_try.wrong[kept:])
+        add(wrong_try.ids[kept:shared], Role.CORRECTION)  # no undo takes these back
+        ids.extend(wrong_try.ids[shared:])
+        roles.extend(Role.ERROR if wrong else Role.CONSEQUENCE for wrong in wrong_try.wrong[shared:])
         kept = shared
         add([rule.undo_id] * _undos(wrong_try.ids[shared:], rule), Role.UNDO)
-        if rule.unit == "all":
-            add(prefix, Role.CORRECTION)
+        add(_lost(prefix, rule), Role.CORRECTION)
     add(correction[kept:], Role.CORRECTION)
     return Trace(tuple(ids), tuple(roles))
 
@@ -92,6 +97,16 @@ def targets(trace: Trace, mask: Literal["decision", "span"]) -> tuple[int, ...]:
     """Targets of a trace: its ids, IGNORE on the prompt and on wrong decisions (`decision`) or on all that is deleted (`span`)."""
     masked = {Role.PROMPT, Role.ERROR} | ({Role.CONSEQUENCE} if mask == "span" else set())
     return tuple(IGNORE if role in masked else token for token, role in zip(trace.ids, trace.roles, strict=True))
+
+
+def _lost(prefix: Sequence[int], rule: UndoRule) -> Sequence[int]:
+    """The part of the prefix that undoing a try takes along and that is written again: an unfinished line, or everything."""
+    if rule.unit == "token":
+        return ()
+    start = len(prefix)
+    while start and (rule.unit == "all" or prefix[start - 1] not in rule.step_end_ids):
+        start -= 1
+    return prefix[start:]
 
 
 def _undos(deleted: Sequence[int], rule: UndoRule) -> int:

@@ -74,7 +74,9 @@ def run(context: Context) -> None:
     codec = Codec(context.inputs["model"], settings.undo, settings.base.prompt)
     asked = settings.evaluate
     problems = read_problems(context.inputs["problems"])
-    chosen = [p for split, most in (("test", asked.test), ("dev", asked.dev), ("ood", asked.ood)) for p in _first(problems, split, most)]
+    chosen = [
+        p for split, most in (("test", asked.test), ("dev", asked.dev), ("ood", asked.ood)) for p in _first(problems, split, most)
+    ]
     prompts = [codec.prompt_ids(problem) for problem in chosen]
     fits, too_long = within_context(context, chosen, prompts)
     chosen = [chosen[i] for i in fits]
@@ -172,7 +174,7 @@ def _probe(context: Context, models: Sequence[Model], problems: Sequence[Problem
     found: list[Probed] = []
     for model in models if cases else ():
         questions = [question for case in cases for question in (case.error, case.right)]
-        answers = context.workers.call_learner("probe", str(model.folder.resolve()), questions)
+        answers = context.workers.probe(model.folder, questions)
         for case, error, right in zip(cases, answers[::2], answers[1::2], strict=True):
             found.append(
                 Probed(

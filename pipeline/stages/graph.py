@@ -92,11 +92,13 @@ STAGES: tuple[Stage, ...] = (
         "evaluate",
         1,
         lambda round: (_PROBLEMS, _model(round), Input("sft", round, "sft")),
-        lambda s: _generation(s)
-        | {
-            "evaluate": s.evaluate.model_dump(mode="json"),
-            "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
-        },
+        lambda s: (
+            _generation(s)
+            | {
+                "evaluate": s.evaluate.model_dump(mode="json"),
+                "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
+            }
+        ),
     ),
     Stage(
         "report",

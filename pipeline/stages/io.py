@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,10 +57,10 @@ class Codec:
     def __init__(self, folder: Path, undo: UndoSettings, prompt: str) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self._prompt = prompt
-        undo_id = self.tokenizer.convert_tokens_to_ids(undo.token)
+        undo_id: Any = self.tokenizer.convert_tokens_to_ids(undo.token)
         if undo_id is None or undo_id == self.tokenizer.unk_token_id:
             raise ValueError(f"the tokenizer of {folder} lacks the undo token {undo.token!r}")
-        self.rule = UndoRule(undo_id, undo.unit, step_end_ids(self.tokenizer))
+        self.rule = UndoRule(int(undo_id), undo.unit, step_end_ids(self.tokenizer))
         self.stop_id: int = self.tokenizer.eos_token_id
 
     def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
@@ -81,7 +82,7 @@ class Codec:
         if "\ufffd" in text or text != self._text(ids):
             # A character spans several tokens, or text depends on neighbours: decode every prefix.
             prefixes = [self._text(ids[:end]).rstrip("\ufffd") for end in range(len(ids) + 1)]
-            pieces = [after[len(before) :] for before, after in zip(prefixes, prefixes[1:], strict=False)]
+            pieces = [after[len(before) :] for before, after in itertools.pairwise(prefixes)]
             text = "".join(pieces)
         offsets, start = [], 0
         for piece in pieces:

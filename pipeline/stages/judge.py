@@ -43,9 +43,7 @@ def run(context: Context) -> None:
             judged += batch
             progress.update(len(judged))
     names = zip(rollouts["id"], rollouts["problem"], strict=True)
-    rows = [
-        _row(row_id, problem, text, one) for (row_id, problem), text, one in zip(names, texts, judged, strict=True)
-    ]
+    rows = [_row(row_id, problem, text, one) for (row_id, problem), text, one in zip(names, texts, judged, strict=True)]
     write_rows(rows, FEATURES, context.out)
     right = sum(one.verdict.correct for one in judged)
     located = sum(one.attempt is not None for one in judged)

@@ -129,7 +129,11 @@ def _sample_compare(rng: random.Random, steps: int) -> dict[str, Any]:
     for _ in range(max(1, steps - 1)):
         kinds = ["more"] + (["fewer"] if value > 4 else []) + (["times"] if value <= 12 else [])
         kind = rng.choice(kinds)
-        amount = {"more": rng.randint(2, 20), "fewer": rng.randint(2, max(2, min(value - 2, 20))), "times": rng.randint(2, 4)}
+        amount = {
+            "more": rng.randint(2, 20),
+            "fewer": rng.randint(2, max(2, min(value - 2, 20))),
+            "times": rng.randint(2, 4),
+        }
         links.append([kind, amount[kind]])
         value = _apply(value, {"more": "+", "fewer": "-", "times": "*"}[kind], amount[kind])
     names = rng.sample(NAMES, len(links) + 1)
@@ -156,10 +160,10 @@ def _render_compare(p: Params) -> tuple[str, list[str], int]:
 def _sample_parts(rng: random.Random, steps: int) -> dict[str, Any]:
     """Two unknown counts x, y >= 1 with a*x + b*y = total and no second solution."""
     while True:
-        a, b = rng.randint(2, 9), rng.randint(5, 9)
+        a, b = rng.randint(2, 9), rng.randint(5, 12)
         x, y = rng.randint(1, 9), rng.randint(1, 9)
         total = a * x + b * y
-        if a != b and total < 100 and sum((total - a * k) % b == 0 for k in range(1, (total - 1) // a + 1)) == 1:
+        if a != b and total <= 120 and sum((total - a * k) % b == 0 for k in range(1, (total - 1) // a + 1)) == 1:
             break
     return {
         "core": [a, b, total],
@@ -226,7 +230,7 @@ def _render_budget(p: Params) -> tuple[str, list[str], int]:
 
 def _sample_legs(rng: random.Random, steps: int) -> dict[str, Any]:
     animals = rng.randrange(len(ANIMALS))
-    x, y = rng.randint(1, 14), rng.randint(1, 14)
+    x, y = rng.randint(1, 16), rng.randint(1, 16)
     return {"core": [animals, x, y], "animals": animals, "x": x, "y": y, "name": rng.choice(NAMES)} | _draw_extra(rng, steps)
 
 
@@ -253,9 +257,9 @@ def _sample_rows(rng: random.Random, steps: int) -> dict[str, Any]:
     """x rows of a, fewer than 10; what is left after giving some away fills groups of b: exactly one x fits."""
     while True:
         a, b, x, given = rng.randint(3, 12), rng.randint(5, 12), rng.randint(2, 9), rng.randint(1, 40)
-        if a != b and a * x > given and [(a * k - given) % b == 0 and a * k > given for k in range(1, 10)].count(True) == 1:
-            if (a * x - given) % b == 0:
-                break
+        fitting = [k for k in range(1, 10) if (a * k - given) % b == 0 and a * k > given]
+        if a != b and fitting == [x]:
+            break
     params = {"core": [a, b, given], "a": a, "b": b, "x": x, "given": given, "name": rng.choice(NAMES)}
     return params | {"thing": rng.choice(THINGS)} | _draw_extra(rng, steps)
 

@@ -23,10 +23,10 @@ def load(task: Gsm8kTask, seed: int) -> tuple[list[Problem], int]:
     """
     train, bad_train = _read(task, "train", task.train_file, task.max_train and task.max_train + task.dev)
     test, bad_test = _read(task, "test", task.test_file, task.max_test)
-    if len(train) <= task.dev:
-        raise TaskError(f"task.dev={task.dev} leaves nothing of {len(train)} training problems")
     asked = {problem.question for problem in test}
     train = [problem for problem in train if problem.question not in asked]
+    if len(train) <= task.dev:
+        raise TaskError(f"task.dev={task.dev} leaves nothing of {len(train)} training problems that are not in the test split")
     dev = set(random.Random(seed).sample(range(len(train)), task.dev))
     split = [_with_split(problem, "dev" if i in dev else "train") for i, problem in enumerate(train)]
     return split + test, bad_train + bad_test

@@ -33,7 +33,8 @@ def load(task: SyntheticTask, seed: int) -> Iterator[Problem]:
         for hindsight, share in ((False, forward), (True, count - forward)):
             families = [family for family in FAMILIES if family.hindsight == hindsight and family.name in task.families]
             if share and not families:
-                raise TaskError(f"task.families names no {'hindsight' if hindsight else 'forward'} family, but task.hindsight_share is {task.hindsight_share}")
+                kind = "hindsight" if hindsight else "forward"
+                raise TaskError(f"task.families names no {kind} family, but task.hindsight_share is {task.hindsight_share}")
             for index, family in enumerate(families):
                 size = share // len(families) + (index < share % len(families))
                 yield from _sample(family, split, size, task, seed)
@@ -41,7 +42,7 @@ def load(task: SyntheticTask, seed: int) -> Iterator[Problem]:
 
 def _sample(family: Family, split: str, size: int, task: SyntheticTask, seed: int) -> Iterator[Problem]:
     rng = random.Random(f"{seed}/{family.name}/{split}")
-    fewest, most = (task.ood_steps if split == "ood" else task.steps)
+    fewest, most = task.ood_steps if split == "ood" else task.steps
     seen: set[str] = set()
     for _ in range(size * _TRIES_PER_PROBLEM):
         if len(seen) == size:
@@ -52,6 +53,8 @@ def _sample(family: Family, split: str, size: int, task: SyntheticTask, seed: in
         # Out-of-distribution problems may share a core with others: they differ from all of them by their steps.
         if numbers in seen or (split != "ood" and _split_of(core) != split):
             continue
+        if split == "ood" and family.hindsight and not params["extra"]:
+            continue  # so few steps are asked for that it would be no longer than a training problem
         question, lines, answer = family.render(SimpleNamespace(**params))
         yield Problem(
             id=f"synthetic/{split}/{family.name}/{len(seen)}",
@@ -67,7 +70,7 @@ def _sample(family: Family, split: str, size: int, task: SyntheticTask, seed: in
     if len(seen) < size:
         raise TaskError(
             f"task.{split}: family {family.name} has fewer than {size} different problems of {fewest}-{most} steps; "
-            f"lower task.{split} or widen task.steps"
+            f"lower task.{split} or widen task.{'ood_steps' if split == 'ood' else 'steps'}"
         )
 
 

@@ -49,9 +49,7 @@ def commands(monkeypatch):
         return seen.answer(command)
 
     monkeypatch.setattr(install.Installer, "run", run)
-    monkeypatch.setattr(
-        install.Installer, "installed", lambda self, code: [["numpy", "torch==2.0+cpu", "torchvision"], "2.0+cpu"]
-    )
+    monkeypatch.setattr(install.Installer, "installed", lambda self, code: [["numpy", "torch==2.0+cpu", "torchvision"], "2.0+cpu"])
     monkeypatch.setattr(install, "check_disk", lambda *a, **k: None)
     return seen
 

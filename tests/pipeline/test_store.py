@@ -345,7 +345,7 @@ class TestFullDisk:
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
-            with pytest.raises(StoreError, match="rollouts could not be written: .*bytes are free"):
+            with pytest.raises(StoreError, match=r"rollouts could not be written: .*bytes are free"):
                 write(store, {"new": b"2"})
         assert store.manifest(1, "rollouts") == old
         assert store.check(1, "rollouts") is None

@@ -355,9 +355,7 @@ class TestRedirectProcessOutput:
         for line in ("print", "to stderr", "C code", "C code's errors", "child"):
             assert text.splitlines().count(line) == 1
 
-    def test_two_processes_append_and_a_second_call_changes_the_file(
-        self, tmp_path: Path, times: Callable[[int], str]
-    ) -> None:
+    def test_two_processes_append_and_a_second_call_changes_the_file(self, tmp_path: Path, times: Callable[[int], str]) -> None:
         first, second = tmp_path / "first", tmp_path / "second"
         first.write_text("what was there\n")
         move = "print('one'); redirect_process_output(Path(sys.argv[2])); print('two'); noise()"

@@ -43,7 +43,9 @@ def test_verdict(text: str, verdict: str) -> None:
     assert [equation.verdict for equation in equations(text)] == [verdict]
 
 
-@pytest.mark.parametrize("text", ["", "=", "= 5", "5 =", "x = 5", "1 hour = 60 minutes", "5 >= 3 + 1", "nan = inf", "a=b=c", "<<>>"])
+@pytest.mark.parametrize(
+    "text", ["", "=", "= 5", "5 =", "x = 5", "1 hour = 60 minutes", "5 >= 3 + 1", "nan = inf", "a=b=c", "<<>>"]
+)
 def test_nothing_to_check(text: str) -> None:
     assert equations(text) == []
 

@@ -71,7 +71,9 @@ def test_right_and_clean() -> None:
     assert verdict.correct and verdict.error is None and verdict.answer == "18" and len(verdict.steps) == 3
 
 
-@pytest.mark.parametrize("text", ["", "\n", "9" * 1_000_000, "1+1=3 " * 150_000, "(" * 1_000_000, "####", "=", "<<1+1=3>>" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "\n", "9" * 1_000_000, "1+1=3 " * 150_000, "(" * 1_000_000, "####", "=", "<<1+1=3>>" * 100_000]
+)
 def test_hostile_solutions_are_judged(text: str) -> None:
     assert not judge(text, GOLD, "18").correct
     judge(GOLD, text, "18")

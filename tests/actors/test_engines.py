@@ -1,0 +1,123 @@
+"""vLLM and transformers behind one interface: same greedy tokens, same log-probabilities, bans, stops, weights in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.engines import Completion, Engine, HfEngine, Request, Sampling, VllmEngine, engine_kind
+from pipeline.config import EngineSettings, ScratchModel
+from pipeline.stages.base import new_model, train_tokenizer
+
+PROMPTS = [tuple(range(3 + i, 8 + 2 * i)) for i in range(24)]
+STOP = 1
+GREEDY = Sampling(temperature=0, top_p=1, max_tokens=24, stop_id=STOP, logprobs=True)
+
+
+def save_model(folder: Path, seed: int) -> Path:
+    tokenizer = train_tokenizer(["Ana has 3 apples.\n#### 3"], 300)
+    new_model(ScratchModel(layers=2, width=64, heads=2, vocab=300), tokenizer, seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return save_model(root / "one", 0), save_model(root / "two", 1)
+
+
+@pytest.fixture(scope="module")
+def vllm(folders: tuple[Path, Path]) -> Iterator[Engine]:
+    yield VllmEngine(folders[0], EngineSettings(), context=128, seed=0)
+
+
+@pytest.fixture(scope="module")
+def hf(folders: tuple[Path, Path]) -> Engine:
+    return HfEngine.from_folder(folders[0], EngineSettings())
+
+
+def plain(folder: Path, sampling: Sampling) -> list[Completion]:
+    """The slow and obvious twin: one row at a time, no cache, one forward a token."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    done = []
+    for prompt in PROMPTS:
+        ids, chosen = list(prompt), []
+        while len(chosen) < sampling.max_tokens and ids[-1] != sampling.stop_id:
+            with torch.inference_mode():
+                logits = model(input_ids=torch.tensor([ids])).logits[0, -1].clone()
+            logprobs = torch.log_softmax(logits, -1)
+            logits[list(sampling.forbidden_ids)] = -torch.inf
+            ids.append(int(logits.argmax()))
+            chosen.append(float(logprobs[ids[-1]]))
+        finish = "stop" if ids[-1] == sampling.stop_id else "length"
+        done.append(Completion(tuple(ids[len(prompt) :]), tuple(chosen), finish))
+    return done
+
+
+def assert_same(found: list[Completion], wanted: list[Completion]) -> None:
+    assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
+    assert [one.finish for one in found] == [one.finish for one in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def requests() -> list[Request]:
+    return [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+
+
+def test_greedy_equals_one_forward_a_token(vllm: Engine, hf: Engine, folders: tuple[Path, Path]) -> None:
+    wanted = plain(folders[0], GREEDY)
+    assert_same(hf.generate(requests(), GREEDY), wanted)
+    assert_same(vllm.generate(requests(), GREEDY), wanted)
+
+
+def test_a_forbidden_token_is_never_emitted(vllm: Engine, hf: Engine, folders: tuple[Path, Path]) -> None:
+    common = max({t for one in plain(folders[0], GREEDY) for t in one.token_ids} - {STOP})
+    ban = Sampling(temperature=0, top_p=1, max_tokens=24, stop_id=STOP, forbidden_ids=(common,), logprobs=True)
+    wanted = plain(folders[0], ban)
+    assert all(common not in one.token_ids for one in wanted)
+    assert_same(hf.generate(requests(), ban), wanted)
+    assert_same(vllm.generate(requests(), ban), wanted)
+
+
+def test_generation_ends_with_the_stop_id(vllm: Engine, hf: Engine, folders: tuple[Path, Path]) -> None:
+    first = plain(folders[0], GREEDY)[0].token_ids
+    ends = Sampling(temperature=0, top_p=1, max_tokens=24, stop_id=first[3], logprobs=True)
+    for engine in (hf, vllm):
+        one = engine.generate(requests(), ends)[0]
+        assert one.finish == "stop" and one.token_ids == first[: first.index(first[3]) + 1]
+
+
+@pytest.mark.parametrize("name", ["vllm", "hf"])
+def test_new_weights_in_place_equal_a_fresh_engine(
+    name: str, request: pytest.FixtureRequest, folders: tuple[Path, Path]
+) -> None:
+    engine = request.getfixturevalue(name)
+    engine.load_weights(folders[1])
+    assert_same(engine.generate(requests(), GREEDY), plain(folders[1], GREEDY))
+    engine.load_weights(folders[0])
+    assert_same(engine.generate(requests(), GREEDY), plain(folders[0], GREEDY))
+
+
+def test_a_sampled_row_depends_on_its_seed_alone(vllm: Engine) -> None:
+    """vLLM in fp32 with one row a batch and with all rows: the same seeds give the same tokens up to rounding of ties."""
+    hot = Sampling(temperature=1, top_p=1, max_tokens=24, stop_id=STOP)
+    together = vllm.generate(requests(), hot)
+    assert vllm.generate(requests(), hot) == together
+    other = vllm.generate([Request(prompt, seed + 1000) for seed, prompt in enumerate(PROMPTS)], hot)
+    assert other != together
+    alone = [vllm.generate([one], hot)[0] for one in requests()]
+    assert sum(a == b for a, b in zip(alone, together, strict=True)) >= len(PROMPTS) - 1
+
+
+def test_auto_takes_vllm_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine_kind("auto") == "vllm"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert engine_kind("auto") == "hf"
+    with pytest.raises(RuntimeError, match="engine.kind"):
+        engine_kind("vllm")

@@ -1,0 +1,65 @@
+"""`ray job submit -- python run.py` against a local cluster, with token authentication as Ray asks for it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+ADDRESS = "http://127.0.0.1:8265"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A head node of its own, with home and token in a temporary folder. Yields the environment of its clients."""
+    home = tmp_path_factory.mktemp("home")
+    env = {**os.environ, "HOME": str(home), "RAY_AUTH_MODE": "token", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    env.pop("RAY_ADDRESS", None)
+    call(env, "ray", "get-auth-token", "--generate")
+    call(env, "ray", "start", "--head", "--dashboard-host", "127.0.0.1", "--num-cpus", "2", "--disable-usage-stats")
+    yield env
+    call(env, "ray", "stop", "--force")
+
+
+def call(env: dict[str, str], *command: str, check: bool = True) -> str:
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def submit(env: dict[str, str], runs: Path, *overrides: str, wait: bool = True) -> str:
+    how = [] if wait else ["--no-wait"]
+    run = ["python", "run.py", "--config", "smoke", f"run.root={runs}", *overrides]
+    return call(env, "ray", "job", "submit", "--address", ADDRESS, "--working-dir", ".", *how, "--", *run)
+
+
+def test_a_job_is_stopped_leaves_no_actor_and_is_continued(cluster: dict[str, str], tmp_path: Path) -> None:
+    log = submit(cluster, tmp_path, "base.train.steps=100000", wait=False)
+    found = re.search(r"raysubmit_\w+", log)
+    assert found, log
+    job = found[0]
+    for _ in range(120):
+        log = call(cluster, "ray", "job", "logs", "--address", ADDRESS, job)
+        if re.search(r"\[base\].*loss", log):
+            break
+        time.sleep(1)
+    assert re.search(r"\[problems\] 104 rows", log) and re.search(r"\[base\].*loss", log), log
+    call(cluster, "ray", "job", "stop", "--address", ADDRESS, job)
+    for _ in range(60):
+        actors = call(cluster, "ray", "list", "actors", "--address", ADDRESS, "--filter", "state=ALIVE")
+        if "LearnerActor" not in actors and "_Learner" not in actors:
+            break
+        time.sleep(1)
+    assert "_Learner" not in actors, actors
+    log = submit(cluster, tmp_path, "--until", "base")
+    assert re.search(r"^ *0  problems +104 +\S+  reused$", log, re.MULTILINE), log
+    assert re.search(r"^ *0  base +\S+ +\S+  built$", log, re.MULTILINE), log
+    assert (tmp_path / "smoke" / "0" / "base" / "manifest.json").is_file()

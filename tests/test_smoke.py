@@ -1,0 +1,182 @@
+"""The whole loop with real Ray, real vLLM and real training: every output, then reuse, then what one setting rebuilds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from datasets import load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.backtrack.trace import IGNORE, Role
+from pipeline.config import UndoSettings
+from pipeline.stages import evaluate, judge, problems, rollouts, traces
+from pipeline.store import Store
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = [(0, "problems"), (0, "base"), *((1, s) for s in ("rollouts", "judge", "traces", "sft", "evaluate", "report"))]
+
+
+def run(folder: Path, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(folder, *arguments), capture_output=True, text=True, timeout=600, cwd=folder)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "run.py"), "--config", "smoke", f"run.root={folder}", *arguments]
+
+
+def states(output: str) -> dict[str, str]:
+    """Stage -> reused, built or skipped, from the table that ends a run."""
+    return dict(re.findall(r"^ *\d+  (\w+) +\S+ +\S+  (reused|built|skipped)$", output, re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, run(folder).stdout
+
+
+def test_every_stage_is_built_and_whole(finished: tuple[Path, str]) -> None:
+    folder, output = finished
+    assert states(output) == {stage: "built" for _, stage in STEPS}
+    assert "engine: vllm" in output
+    store = Store(folder / "smoke")
+    for round, stage in STEPS:
+        assert store.check(round, stage) is None
+
+
+def test_outputs_have_their_schema_and_counts(finished: tuple[Path, str]) -> None:
+    store = Store(finished[0] / "smoke")
+    for round, module in ((0, problems), (1, rollouts), (1, judge), (1, traces)):
+        stage = module.__name__.rpartition(".")[2]
+        rows = load_from_disk(store.path(round, stage))
+        assert rows.features == module.FEATURES
+        assert len(rows) == store.manifest(round, stage).counts["rows"] > 0
+    assert load_from_disk(store.path(1, "evaluate")).features == evaluate.ROWS
+    assert load_from_disk(store.path(1, "evaluate") / "probes").features == evaluate.PROBES
+    assert len(load_from_disk(store.path(0, "problems"))) == 64 + 16 + 16 + 8
+    assert len(load_from_disk(store.path(1, "rollouts"))) == 2 * 64
+    assert len(load_from_disk(store.path(1, "evaluate"))) == 3 * (16 + 16 + 8)
+
+
+def test_rollouts_carry_ids_logprobs_and_the_weights_that_made_them(finished: tuple[Path, str]) -> None:
+    store = Store(finished[0] / "smoke")
+    undo_id = AutoTokenizer.from_pretrained(store.path(0, "base")).convert_tokens_to_ids(UndoSettings().token)
+    for row in load_from_disk(store.path(1, "rollouts")):
+        assert row["version"] == store.manifest(0, "base").digest
+        assert len(row["logprobs"]) == len(row["token_ids"]) > 0
+        assert all(logprob <= 0 for logprob in row["logprobs"])
+        assert undo_id not in row["token_ids"]
+
+
+def test_traces_never_target_a_wrong_decision(finished: tuple[Path, str]) -> None:
+    store = Store(finished[0] / "smoke")
+    trained = {row["id"] for row in load_from_disk(store.path(0, "problems")) if row["split"] == "train"}
+    for row in load_from_disk(store.path(1, "traces")):
+        assert row["problem"] in trained
+        for token, role, label in zip(row["input_ids"], row["roles"], row["labels"], strict=True):
+            assert label == (IGNORE if role in (Role.PROMPT, Role.ERROR) else token)
+
+
+def test_models_are_ordinary_folders_with_the_undo_row_trained(finished: tuple[Path, str]) -> None:
+    store = Store(finished[0] / "smoke")
+    weights = {}
+    for name, folder in (
+        ("base", store.path(0, "base")),
+        ("sft", store.path(1, "sft")),
+        ("control", store.path(1, "sft") / "control"),
+    ):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        weights[name] = model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(UndoSettings().token)]
+    assert not weights["base"].equal(weights["sft"])
+    assert len({tensor.shape for tensor in weights.values()}) == 1
+
+
+def test_report_and_metrics_stand_beside_the_rounds(finished: tuple[Path, str]) -> None:
+    folder = finished[0] / "smoke"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    models = {(row["model"], row["mode"]) for row in metrics["evaluations"]}
+    assert models == {(model, mode) for model in ("base", "clean_control", "sft") for mode in ("soft", "forbidden")}
+    page = (folder / "report.html").read_text()
+    assert "<html" in page and "http://" not in page.replace("http://www.w3.org", "").replace("http://127.0.0.1", "")
+
+
+def test_second_run_rebuilds_nothing(finished: tuple[Path, str]) -> None:
+    output = run(finished[0]).stdout
+    assert states(output) == {stage: "reused" for _, stage in STEPS}
+    assert "Ray is up" not in output
+
+
+def test_one_sft_setting_rebuilds_sft_and_what_follows(finished: tuple[Path, str]) -> None:
+    plan = run(finished[0], "--dry-run", "sft.lr=5e-4").stdout
+    planned = dict(re.findall(r"^round \d  (\w+) +(\w+)", plan, re.MULTILINE))
+    after = {stage: "rebuild" if stage in ("sft", "evaluate", "report") else "reuse" for _, stage in STEPS}
+    assert planned == after
+    assert states(run(finished[0], "sft.lr=5e-4").stdout) == {
+        stage: "built" if state == "rebuild" else "reused" for stage, state in after.items()
+    }
+
+
+def test_a_damaged_output_is_rebuilt_and_never_used(finished: tuple[Path, str]) -> None:
+    store = Store(finished[0] / "smoke")
+    file = next(store.path(0, "problems").glob("*.arrow"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "does not match its checksum" in run(finished[0], "--dry-run", "sft.lr=5e-4").stdout
+    refused = run(finished[0], "--only", "report", "sft.lr=5e-4", expect=1)
+    assert refused.stderr.count("\n") == 1 and "does not match its checksum" in refused.stderr
+    rebuilt = run(finished[0], "--only", "problems", "sft.lr=5e-4")
+    assert states(rebuilt.stdout)["problems"] == "built"
+    assert file.read_bytes() == whole  # equal content, so nothing that reads it is out of date
+    assert "rebuild" not in run(finished[0], "--dry-run", "sft.lr=5e-4").stdout
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_run_leaves_no_actor_and_continues(tmp_path: Path, sent: signal.Signals, code: int) -> None:
+    first = subprocess.Popen(
+        command(tmp_path, "base.train.steps=100000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert first.stdout is not None
+    for line in first.stdout:
+        if line.startswith("[base]") and "loss" in line:
+            break
+    second = run(tmp_path, expect=1)
+    assert f"is in use by process {first.pid} " in second.stderr
+    first.send_signal(sent)
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == code
+    assert "the same command continues" in errors
+    assert not actors_of(tmp_path)
+    plan = run(tmp_path, "--dry-run", "base.train.steps=100000").stdout
+    assert "problems  reuse" in plan and "base      rebuild  not built yet" in plan
+    assert not list((tmp_path / "smoke" / "0").glob("base*"))
+
+
+def actors_of(folder: Path) -> list[str]:
+    """Command lines of processes that still belong to a run folder; Ray workers get some seconds to end."""
+    for _ in range(50):
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if str(folder).encode() in environment and process.name != str(os.getpid()):
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+        if not found:
+            return []
+        time.sleep(0.2)
+    return found
