@@ -32,6 +32,8 @@ def ray_session(cluster: ClusterSettings) -> Iterator[str]:
     root = str(Path(__file__).resolve().parent.parent)
     python_path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     local: dict[str, Any] = {} if address else {"dashboard_host": "127.0.0.1", "include_dashboard": True}
+    # Ray would start workers at niceness 15; every core of a local run is theirs, and OpenMP stalls when one thread waits.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         joined = ray.init(
             address=address,

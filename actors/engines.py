@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import EngineSettings
 
+_PROBES = 16  # random prompts whose next token is compared after weights were loaded
 _PREFILL_TOKENS = 8192  # prompts of one vLLM step; without chunked prefill it must hold the longest one
 
 
@@ -87,6 +88,26 @@ def make_engine(folder: Path, settings: EngineSettings, context: int, seed: int)
     return HfEngine.from_folder(folder, settings)
 
 
+def check_weights(engine: Engine, folder: Path, dtype: str) -> None:
+    """Compare the engine's log-probabilities with those that transformers computes from the folder's weights.
+
+    Raises:
+        RuntimeError: they differ by more than rounding, so the engine does not generate with these weights.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, model.get_input_embeddings().weight.shape[0], (_PROBES, 12), generator=generator)
+    with torch.inference_mode():
+        wanted = torch.log_softmax(model(input_ids=prompts).logits[:, -1].float(), -1)
+    # No stop id can end a completion of one token early.
+    sampling = Sampling(temperature=0, top_p=1, max_tokens=1, stop_id=0, logprobs=True)
+    found = engine.generate([Request(tuple(prompt), 0) for prompt in prompts.tolist()], sampling)
+    allowed = 0.02 if dtype == "float32" else 0.3
+    off = max(abs(one.logprobs[0] - float(row[one.token_ids[0]])) for one, row in zip(found, wanted, strict=True))
+    if off > allowed:
+        raise RuntimeError(f"the engine does not generate with the weights of {folder}: log-probabilities are off by {off:.3f}")
+
+
 class VllmEngine:
     """vLLM in this process: no second process to lose, and weights go in without a restart."""
 
@@ -139,7 +160,15 @@ class VllmEngine:
 
     def load_weights(self, folder: Path) -> None:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self._llm.apply_model(_repack_tied_head)
         self._llm.reset_prefix_cache()
+
+
+def _repack_tied_head(model: Any) -> None:
+    """On CPUs vLLM multiplies by a packed copy of each weight; a reload renews it for every layer but a tied head."""
+    head = getattr(model, "lm_head", None)
+    if head is not None and getattr(head, "cpu_linear", None) is not None:
+        head.quant_method.process_weights_after_loading(head)
 
 
 def _from_vllm(output: Any, stop_id: int) -> Completion:

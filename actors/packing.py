@@ -14,6 +14,9 @@ import torch
 from pipeline.backtrack.trace import IGNORE
 
 
+_WAITING = 64  # examples that a row can choose from
+
+
 @dataclass(frozen=True)
 class Example:
     """One training sequence."""
@@ -26,23 +29,29 @@ class Example:
 def pack(examples: Sequence[Example], row_tokens: int, rows: int, seed: int) -> tuple[list[list[Example]], int]:
     """Fill `rows` rows by going through the shuffled examples as often as needed.
 
+    A row begins with the example that has waited longest and goes on with the longest waiting ones that still fit, so that
+    little of it is padding.
+
     Returns:
         the rows, and how many of the examples are longer than a row and therefore left out.
     """
-    fitting = [example for example in examples if len(example.input_ids) <= row_tokens]
+    fitting = [example for example in examples if 0 < len(example.input_ids) <= row_tokens]
     if not fitting:
         raise ValueError(f"none of {len(examples)} examples fits into a row of {row_tokens} tokens: raise row_tokens")
-    packed: list[list[Example]] = []
-    row: list[Example] = []
-    free = row_tokens
-    for example in _forever(fitting, seed):
-        if len(example.input_ids) > free:
-            packed.append(row)
-            if len(packed) == rows:
-                break
-            row, free = [], row_tokens
-        row.append(example)
-        free -= len(example.input_ids)
+    order = _forever(fitting, seed)
+    waiting = [next(order) for _ in range(min(_WAITING, len(fitting)))]
+    packed = []
+    for _ in range(rows):
+        row: list[Example] = []
+        free = row_tokens
+        choice: int | None = 0
+        while choice is not None:
+            free -= len(waiting[choice].input_ids)
+            row.append(waiting.pop(choice))
+            waiting.append(next(order))
+            fits = (i for i, example in enumerate(waiting) if len(example.input_ids) <= free)
+            choice = max(fits, key=lambda i: len(waiting[i].input_ids), default=None)
+        packed.append(row)
     return packed, len(examples) - len(fitting)
 
 

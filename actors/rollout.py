@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors.cluster import ClusterError, actor_options
-from actors.engines import Completion, Request, Sampling, make_engine
+from actors.engines import Completion, Request, Sampling, check_weights, make_engine
 from pipeline.config import Settings
 from pipeline.telemetry import redirect_process_output
 
@@ -34,7 +34,9 @@ class _Rollout:
     def __init__(self, folder: str, version: str, settings: Settings, context: int, log_file: str) -> None:
         redirect_process_output(Path(log_file))
         self._engine = make_engine(Path(folder), settings.engine, context, settings.run.seed)
+        self._dtype = settings.engine.dtype
         self._version = version
+        check_weights(self._engine, Path(folder), self._dtype)
 
     def ready(self) -> str:
         return self._engine.kind
@@ -44,6 +46,7 @@ class _Rollout:
 
     def load_weights(self, folder: str, version: str) -> None:
         self._engine.load_weights(Path(folder))
+        check_weights(self._engine, Path(folder), self._dtype)
         self._version = version
 
 

@@ -17,9 +17,13 @@ Params = SimpleNamespace
 NAMES = "Ana Ben Carla Dan Eva Finn Gina Hugo Iris Jack Kim Leo Mia Noah Olga Paul Rosa Sam Tina Will".split()
 THINGS = "apples books cards coins dolls eggs flags keys pens shells stamps toys".split()
 ANIMALS = [
+    ("squids", 10, "crabs", 8),
+    ("squids", 10, "ants", 6),
+    ("squids", 10, "frogs", 4),
+    ("squids", 10, "ducks", 2),
+    ("spiders", 8, "beetles", 6),
     ("spiders", 8, "cats", 4),
     ("crabs", 8, "ducks", 2),
-    ("spiders", 8, "beetles", 6),
     ("beetles", 6, "frogs", 4),
     ("ants", 6, "birds", 2),
     ("cats", 4, "birds", 2),
@@ -57,15 +61,15 @@ _EVENTS = {
 
 
 def _sample_chain(rng: random.Random, steps: int) -> dict[str, Any]:
-    value = start = rng.randint(3, 20)
+    value = start = rng.randint(3, 15)
     events: list[list[Any]] = []
     for _ in range(steps):
-        kinds = ["+"] + (["-"] if value > 4 else []) + (["*"] if value <= 15 else [])
+        kinds = ["+"] + (["-"] if value > 4 else []) + (["*"] if value <= 12 else [])
         kind = rng.choice(kinds)
         if kind == "+":
-            amount = rng.randint(2, 20)
+            amount = rng.randint(2, 12)
         elif kind == "-":
-            amount = rng.randint(2, min(value - 1, 20))
+            amount = rng.randint(2, min(value - 1, 12))
         else:
             amount = rng.randint(2, 3)
         value = _apply(value, kind, amount)
@@ -93,9 +97,9 @@ def _render_chain(p: Params) -> tuple[str, list[str], int]:
 def _sample_shop(rng: random.Random, steps: int) -> dict[str, Any]:
     # Each kind of thing takes a step and all but the first a second one for the running total.
     kinds = max(1, (steps + 1) // 2)
-    items = [[rng.randint(2, 9), rng.randint(2, 9)] for _ in range(kinds)]
+    items = [[rng.randint(2, 6), rng.randint(2, 9)] for _ in range(kinds)]
     total = sum(count * price for count, price in items)
-    paid = total + rng.randint(1, 30) if steps % 2 == 0 else 0
+    paid = total + rng.randint(2, 20) if steps % 2 == 0 else 0
     return {
         "core": [items, paid],
         "items": items,
@@ -230,7 +234,7 @@ def _render_budget(p: Params) -> tuple[str, list[str], int]:
 
 def _sample_legs(rng: random.Random, steps: int) -> dict[str, Any]:
     animals = rng.randrange(len(ANIMALS))
-    x, y = rng.randint(1, 16), rng.randint(1, 16)
+    x, y = rng.randint(1, 12), rng.randint(1, 12)
     return {"core": [animals, x, y], "animals": animals, "x": x, "y": y, "name": rng.choice(NAMES)} | _draw_extra(rng, steps)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.engines import Completion, Engine, HfEngine, Request, Sampling, VllmEngine, engine_kind
+from actors.engines import Completion, Engine, HfEngine, Request, Sampling, VllmEngine, check_weights, engine_kind
 from pipeline.config import EngineSettings, ScratchModel
 from pipeline.stages.base import new_model, train_tokenizer
 
@@ -50,8 +50,8 @@ def plain(folder: Path, sampling: Sampling) -> list[Completion]:
         while len(chosen) < sampling.max_tokens and ids[-1] != sampling.stop_id:
             with torch.inference_mode():
                 logits = model(input_ids=torch.tensor([ids])).logits[0, -1].clone()
-            logprobs = torch.log_softmax(logits, -1)
-            logits[list(sampling.forbidden_ids)] = -torch.inf
+                logprobs = torch.log_softmax(logits, -1)
+                logits[list(sampling.forbidden_ids)] = -torch.inf
             ids.append(int(logits.argmax()))
             chosen.append(float(logprobs[ids[-1]]))
         finish = "stop" if ids[-1] == sampling.stop_id else "length"
@@ -99,6 +99,9 @@ def test_new_weights_in_place_equal_a_fresh_engine(
 ) -> None:
     engine = request.getfixturevalue(name)
     engine.load_weights(folders[1])
+    check_weights(engine, folders[1], "float32")
+    with pytest.raises(RuntimeError, match="does not generate with the weights"):
+        check_weights(engine, folders[0], "float32")
     assert_same(engine.generate(requests(), GREEDY), plain(folders[1], GREEDY))
     engine.load_weights(folders[0])
     assert_same(engine.generate(requests(), GREEDY), plain(folders[0], GREEDY))
