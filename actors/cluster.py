@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,7 @@ def ray_session(cluster: ClusterSettings) -> Iterator[str]:
     local: dict[str, Any] = {} if address else {"dashboard_host": "127.0.0.1", "include_dashboard": True}
     # Ray would start workers at niceness 15; every core of a local run is theirs, and OpenMP stalls when one thread waits.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         joined = ray.init(
             address=address,
@@ -44,6 +47,8 @@ def ray_session(cluster: ClusterSettings) -> Iterator[str]:
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(f"cannot reach Ray at {address or 'this machine'}: {' '.join(str(error).split())[:300]}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler aborts the process
     try:
         _check_resources(cluster)
         yield joined.dashboard_url or ""

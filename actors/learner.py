@@ -138,9 +138,7 @@ def _arguments(settings: TrainSettings, seed: int, folder: str) -> SFTConfig:
 class PlainHeadTrainer(SFTTrainer):
     """SFTTrainer with the plain cross entropy: TRL's chunked head saves memory, which small vocabularies do not need."""
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
         labels = inputs.pop("labels")
         logits_BTV = model(**inputs, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")

@@ -13,7 +13,6 @@ import torch
 
 from pipeline.backtrack.trace import IGNORE
 
-
 _WAITING = 64  # examples that a row can choose from
 
 

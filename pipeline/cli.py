@@ -19,8 +19,14 @@ from pipeline.telemetry import Terminal, quiet_third_parties
 _FAILED, _USAGE, _INTERRUPTED, _TERMINATED = 1, 2, 130, 143
 
 
-class _Terminated(BaseException):
-    """SIGTERM: what `ray job stop` and cluster schedulers send."""
+class _Stopped:
+    """Turns SIGTERM, which `ray job stop` and cluster schedulers send, into what Ctrl-C does, and remembers which it was."""
+
+    terminated = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.terminated = True
+        raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -64,17 +70,16 @@ def _run(settings: Settings, folder: Path, selection: Selection) -> int:
         log_file.parent.mkdir(exist_ok=True)
         quiet_third_parties(log_file)
         terminal = Terminal(folder / "logs" / "run.log")
-        signal.signal(signal.SIGTERM, _terminate)
+        stopped = _Stopped()
+        signal.signal(signal.SIGTERM, stopped)
         terminal.info(f"run {folder}")
         pipeline = Pipeline(settings, folder, selection, terminal)
         try:
             lines = pipeline.run()
         except KeyboardInterrupt:
-            terminal.error("interrupted; the same command continues with the stage that was under way")
-            return _INTERRUPTED
-        except _Terminated:
-            terminal.error("terminated; the same command continues with the stage that was under way")
-            return _TERMINATED
+            word, code = ("terminated", _TERMINATED) if stopped.terminated else ("interrupted", _INTERRUPTED)
+            terminal.error(f"{word}; the same command continues with the stage that was under way")
+            return code
         except Exception as error:
             if not _expected(error):
                 raise
@@ -95,14 +100,10 @@ def _expected(error: Exception) -> bool:
     return isinstance(error, StageError | StoreError | ClusterError | TrainingError)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
-
-
 def _config_file(name: str) -> Path:
     """A path, or the name of a file in configs/."""
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if path.suffix in (".yaml", ".yml") or path.is_file():
         return path
     return Path(__file__).resolve().parent.parent / "configs" / f"{name}.yaml"
 
@@ -124,4 +125,4 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--from", dest="first", metavar="STAGE", help="build this stage and later ones")
     parser.add_argument("--until", dest="last", metavar="STAGE", help="build no stage after this one")
     parser.add_argument("--force", action="store_true", help="build the selected stages even when they are up to date")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)

@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import Settings, dump_settings
 from pipeline.stages.graph import MODEL, NAMES, steps
 from pipeline.stages.stage import Context, Input, Stage, StageError
 from pipeline.store import Store, stage_key
 from pipeline.telemetry import StageLine, Terminal
+
+if TYPE_CHECKING:
+    from actors.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,6 @@ class Pipeline:
         Raises:
             StageError: a stage cannot run, or an input that is not selected is missing or damaged.
         """
-        from actors.workers import Workers  # torch and ray are needed from here on
-
         lines: list[StageLine] = []
         folder = self._store.root
         (folder / "config.yaml").write_text(dump_settings(self._settings))
@@ -97,8 +98,7 @@ class Pipeline:
             for round, stage in steps(self._settings.run.rounds):
                 state, why = self._decide(round, stage, set())
                 if state == "rebuild":
-                    if workers is None:
-                        workers = stack.enter_context(Workers(self._settings, folder / "logs", self._terminal.info))
+                    workers = workers or stack.enter_context(self._workers())
                     began = time.monotonic()
                     self._build(round, stage, workers)
                     lines.append(self._line(round, stage, time.monotonic() - began, "built"))
@@ -118,6 +118,11 @@ class Pipeline:
             shutil.copyfile(source / name, part)
             part.replace(self._store.root / name)
         return self._store.root / "report.html"
+
+    def _workers(self) -> Workers:
+        from actors.workers import Workers  # torch and ray are needed from here on: a run that reuses all never waits for them
+
+        return Workers(self._settings, self._store.root / "logs", self._terminal.info)
 
     def _line(self, round: int, stage: Stage, seconds: float, state: Literal["reused", "built", "skipped"]) -> StageLine:
         manifest = self._store.manifest(round, stage.name)
@@ -150,7 +155,7 @@ class Pipeline:
             return "rebuild", "settings or inputs changed"
         return "reuse", ""
 
-    def _build(self, round: int, stage: Stage, workers: object) -> None:
+    def _build(self, round: int, stage: Stage, workers: Workers) -> None:
         found = self._resolve(round, stage)
         module = importlib.import_module(f"pipeline.stages.{stage.name}")
         seed = self._settings.run.seed
@@ -169,7 +174,7 @@ class Pipeline:
                     inputs=found.folders,
                     digests=found.digests,
                     terminal=self._terminal,
-                    workers=workers,  # type: ignore[arg-type]
+                    workers=workers,
                 )
             )
         self._checked[round, stage.name] = None

@@ -38,9 +38,9 @@ def gsm8k_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    errors = capsys.readouterr().err
-    assert errors.count("\n") == 1 and errors.startswith("error: "), errors
-    return errors
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "shards" not in line]  # not the libraries' bars
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
 
 
 @pytest.mark.parametrize(
@@ -53,9 +53,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (GOOD | {"answer": "#### seven"}, "'seven' is no number"),
     ],
 )
-def test_bad_row_is_named_by_file_and_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: object, said: str
-) -> None:
+def test_bad_row_is_named_by_file_and_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: object, said: str) -> None:
     train = jsonl(tmp_path / "train.jsonl", *numbered(4), bad)
     assert main(gsm8k(tmp_path, train)) == 1
     error = one_line(capsys)
@@ -77,10 +75,15 @@ def test_empty_and_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "none.jsonl" in one_line(capsys)
 
 
+def until_base(tmp_path: Path) -> list[str]:
+    few = [f"task.{split}=16" for split in ("train", "dev", "test", "ood")]
+    return ["--config", "smoke", f"run.root={tmp_path}", "--until", "base", *few]
+
+
 def test_model_folder_without_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = train_tokenizer(["Ana has 3 apples.\n#### 3"], 300)
     new_model(ScratchModel(layers=1, width=32, heads=2, vocab=300), tokenizer, 0).save_pretrained(tmp_path / "model")
-    assert main(["--config", "smoke", f"run.root={tmp_path}", "--until", "base", f"base.model={tmp_path / 'model'}"]) == 1
+    assert main([*until_base(tmp_path), f"base.model={tmp_path / 'model'}"]) == 1
     assert f"base.model: cannot load '{tmp_path / 'model'}'" in one_line(capsys)
     assert not (tmp_path / "smoke" / "0" / "base").exists()
 
@@ -89,8 +92,7 @@ def test_local_model_folder_gets_the_undo_token(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["Ana has 3 apples.\n#### 3"], 300)
     new_model(ScratchModel(layers=1, width=32, heads=2, vocab=300), tokenizer, 0).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    arguments = ["--config", "smoke", f"run.root={tmp_path}", "--until", "base", f"base.model={tmp_path / 'model'}"]
-    assert main([*arguments, "undo.token=<UNDO>"]) == 0
+    assert main([*until_base(tmp_path), f"base.model={tmp_path / 'model'}", "undo.token=<UNDO>"]) == 0
     saved = json.loads((tmp_path / "smoke" / "0" / "base" / "tokenizer.json").read_text())
     assert "<UNDO>" in [token["content"] for token in saved["added_tokens"]]
 

@@ -234,7 +234,7 @@ def _render_budget(p: Params) -> tuple[str, list[str], int]:
 
 def _sample_legs(rng: random.Random, steps: int) -> dict[str, Any]:
     animals = rng.randrange(len(ANIMALS))
-    x, y = rng.randint(1, 12), rng.randint(1, 12)
+    x, y = rng.randint(1, 13), rng.randint(1, 13)
     return {"core": [animals, x, y], "animals": animals, "x": x, "y": y, "name": rng.choice(NAMES)} | _draw_extra(rng, steps)
 
 
