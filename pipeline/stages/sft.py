@@ -19,7 +19,8 @@ CONTROL = "control"
 
 def run(context: Context) -> None:
     settings = context.settings
-    traces = [_example(row) for name, folder in context.inputs.items() if name.startswith("traces") for row in read_rows(folder)]
+    wanted = range(1, context.round + 1) if settings.traces.replay else [context.round]
+    traces = [_example(row) for round in wanted for row in read_rows(context.inputs[f"traces-{round}"])]
     if not traces:
         raise StageError("sft: the traces stage left no rows")
     curve = _train(context, "sft", traces, context.out)
