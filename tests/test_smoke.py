@@ -142,8 +142,9 @@ def test_a_damaged_output_is_rebuilt_and_never_used(finished: tuple[Path, str]) 
 
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_run_leaves_no_actor_and_continues(tmp_path: Path, sent: signal.Signals, code: int) -> None:
+    endless = ("base.train.steps=100000", "base.train.check_every=100000")  # a check could find that it has stopped learning
     first = subprocess.Popen(
-        command(tmp_path, "base.train.steps=100000"),
+        command(tmp_path, *endless),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -160,7 +161,7 @@ def test_interrupted_run_leaves_no_actor_and_continues(tmp_path: Path, sent: sig
     assert first.returncode == code
     assert "the same command continues" in errors
     assert not actors_of(tmp_path)
-    plan = run(tmp_path, "--dry-run", "base.train.steps=100000").stdout
+    plan = run(tmp_path, "--dry-run", *endless).stdout
     assert "problems  reuse" in plan and "base      rebuild  not built yet" in plan
     assert not list((tmp_path / "smoke" / "0").glob("base*"))
 

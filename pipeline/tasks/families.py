@@ -240,13 +240,15 @@ def _sample_legs(rng: random.Random, steps: int) -> dict[str, Any]:
 
 def _try_legs(p: Params, choice: int) -> str:
     many, high, few, low = ANIMALS[p.animals]
-    heads = p.x + p.y
-    other = heads - choice
-    if other <= 0:
-        return f"Try {choice} {many}: <<{heads}-{choice}="
-    parts = [equation(f"{choice}*{high}", choice * high), equation(f"{other}*{low}", other * low)]
-    total = equation(f"{choice * high}+{other * low}", choice * high + other * low)
-    return f"Try {choice} {many}: {equation(f'{heads}-{choice}', other)} {few}, {', '.join(parts)}, {total} legs"
+    heads, legs = p.x + p.y, p.x * high + p.y * low
+    other = max(heads - choice, 0)  # where none are left for the others, the legs of the first are too many by themselves
+    part, others = choice * high, other * low
+    text = f"Try {choice} {many} and {other} {few}: {equation(f'{choice}*{high}', part)}, "
+    rest = legs - part
+    if rest <= 0:
+        return text + f"<<{legs}-{part}="
+    text += f"{equation(f'{legs}-{part}', rest)}, {equation(f'{other}*{low}', others)}, "
+    return text + (f"<<{rest}-{others}=" if rest < others else equation(f"{rest}-{others}", rest - others))
 
 
 def _render_legs(p: Params) -> tuple[str, list[str], int]:
@@ -254,7 +256,7 @@ def _render_legs(p: Params) -> tuple[str, list[str], int]:
     heads, legs = p.x + p.y, p.x * high + p.y * low
     more, lines, value = _extra(p, p.x, "Then {} more " + many + " come.", many)
     question = f"{p.name} sees {heads} animals, {many} with {high} legs and {few} with {low}. They have {legs} legs."
-    return f"{question}{more} How many {many} are there?", [_try_legs(p, p.x) + ".", *lines], value
+    return f"{question}{more} How many {many} are there?", [_try_legs(p, p.x) + " legs left.", *lines], value
 
 
 def _sample_rows(rng: random.Random, steps: int) -> dict[str, Any]:

@@ -39,9 +39,8 @@ def wrong_choice(problem: Problem, draw: random.Random) -> int:
 def rationalised(problem: Problem, choice: int, draw: random.Random) -> str:
     """What a model writes that was trained on right solutions alone: the wrong choice, and a false equation that saves it."""
     text = attempt_text(problem, choice)
-    if problem.family == "legs" and text.endswith(" legs"):
-        legs = json.loads(problem.solution.splitlines()[0].rpartition(">>")[2].removesuffix(" legs."))
-        line = text.rpartition("=")[0] + f"={legs}>>{legs} legs."
+    if problem.family == "legs":
+        line = text.rpartition("=")[0] + "=0>>0 legs left."
     else:
         other = draw.randint(1, 9)
         line = f"{text}{other}>>{other} of them."
@@ -69,13 +68,13 @@ def test_a_wrong_choice_is_cut_at_its_evidence(problem: Problem, draw: random.Ra
     assert attempt.text.startswith(f"Try {choice} ") and "\n" not in attempt.text
     assert all(equation.verdict == "true" for equation in equations(attempt.text))
     assert attempt.own == solution.startswith(attempt.text)
-    assert does_not_fit(problem, attempt.text)
+    assert does_not_fit(attempt.text)
 
 
-def does_not_fit(problem: Problem, text: str) -> bool:
-    """The end of a try shows that its choice is wrong: a remainder, nothing left, or another number of legs."""
-    if legs := re.search(r">>(\d+) legs$", text):
-        return f"They have {legs[1]} legs." not in problem.question
+def does_not_fit(text: str) -> bool:
+    """The end of a try shows that its choice is wrong: a remainder, nothing left, or legs left."""
+    if legs := re.search(r">>(\d+)$", text):
+        return legs[1] != "0"
     left = re.search(r"<<(\d+)([-/])(\d+)=$", text)
     assert left, text
     first, second = int(left[1]), int(left[3])
