@@ -116,6 +116,21 @@ def test_second_run_rebuilds_nothing(finished: tuple[Path, str]) -> None:
     assert "Ray is up" not in output
 
 
+def test_a_second_round_trains_on_the_traces_of_both(finished: tuple[Path, str]) -> None:
+    output = run(finished[0], "run.rounds=2").stdout
+    assert re.findall(r"^ *(\d)  (\w+) +\S+ +\S+  built$", output, re.MULTILINE) == [
+        *(("2", stage) for stage in ("rollouts", "judge", "traces", "sft", "evaluate")),
+        ("2", "report"),
+    ]
+    store = Store(finished[0] / "smoke")
+    rows = [store.manifest(round, "traces").counts["rows"] for round in (1, 2)]
+    assert store.manifest(2, "sft").counts["rows"] == sum(rows)
+    questions = [set(load_from_disk(store.path(round, "rollouts"))["id"]) for round in (1, 2)]
+    assert not questions[0] & questions[1]
+    metrics = json.loads((finished[0] / "smoke" / "metrics.json").read_text())
+    assert {row["round"] for row in metrics["evaluations"]} == {1, 2}
+
+
 def test_one_sft_setting_rebuilds_sft_and_what_follows(finished: tuple[Path, str]) -> None:
     plan = run(finished[0], "--dry-run", "sft.lr=5e-4").stdout
     planned = dict(re.findall(r"^round \d  (\w+) +(\w+)", plan, re.MULTILINE))
