@@ -164,6 +164,7 @@ def test_interrupted_run_leaves_no_actor_and_continues(tmp_path: Path, sent: sig
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     assert first.stdout is not None
     for line in first.stdout:
