@@ -10,8 +10,9 @@ import ray
 
 from pipeline.config import ActorResources
 from pipeline.tasks.problem import Problem
-from verifiers.attempts import Attempt, judge_problem, wrong_attempt
 from verifiers.judge import Verdict
+from verifiers.task import Attempt
+from verifiers.tasks import judge_of
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ def judge_rows(rows: Sequence[tuple[Problem, str]]) -> list[Judged]:
     """Judge (problem, solution text) pairs, in order."""
     judged = []
     for problem, solution in rows:
-        verdict = judge_problem(problem, solution)
-        judged.append(Judged(verdict, wrong_attempt(problem, solution, verdict)))
+        judge = judge_of(problem)
+        verdict = judge.judge(problem, solution)
+        judged.append(Judged(verdict, judge.attempt(problem, solution, verdict)))
     return judged
 
 

@@ -33,9 +33,8 @@ class DevCheck:
     """Greedy accuracy on held-out prompts while training; training ends when it has stopped rising."""
 
     prompts: tuple[tuple[int, ...], ...]
-    answers: tuple[str, ...]
-    is_right: Callable[[str, str], bool]
-    """(completion text, gold answer) -> right."""
+    is_right: Callable[[int, str], bool]
+    """(index of the prompt, completion text) -> right."""
     max_tokens: int
 
 
@@ -207,7 +206,7 @@ class _KeepBest(TrainerCallback):
         completions = engine.generate([Request(prompt, 0) for prompt in self._check.prompts], sampling)
         self._model.train()
         texts = [self._tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in completions]
-        right = sum(self._check.is_right(text, gold) for text, gold in zip(texts, self._check.answers, strict=True))
+        right = sum(self._check.is_right(index, text) for index, text in enumerate(texts))
         return right / len(texts)
 
 

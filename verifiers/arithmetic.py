@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Literal
 
 from verifiers.expressions import Node, NotArithmetic, Parser, Token, leaves, tokens
-from verifiers.phrases import left_side, right_side
+from verifiers.phrases import expressions, left_side, right_side
 
 MAX_SIDE = 240  # characters of a side that are read
 MAX_EQUATIONS = 400  # per text; further equals signs are not looked at
@@ -98,6 +98,30 @@ def checked_equations(text: str) -> list[Checked]:
         if len(found) >= MAX_EQUATIONS:
             break
     return sorted(found, key=lambda checked: checked.equation.start)
+
+
+OPERATOR = re.compile(
+    r"[0-9$€£)]\s?(?:[a-zA-Z()' ]{0,60}?)(?:[+*×÷]|\s[-/−–x]\s|\btimes\b|\bplus\b|\bminus\b|(?:divid|multipli)ed by)"
+)
+
+
+def open_expressions(text: str, taken: list[Checked]) -> list[Node]:
+    """Calculations whose result is not written behind them: `Speed = 3 * 3 miles per hour`, `we add 7 + 28 + 12.`"""
+    spans = [(one.equation.start, one.equation.end) for one in taken]
+    found: list[Node] = []
+    for start, end, annotated, glued in regions(text[:MAX_TEXT]):
+        if annotated or glued or end - start > 4 * MAX_SIDE or not OPERATOR.search(text, start, end):
+            continue
+        for items in expressions(tokens(text, start, end)):
+            node = read(items).node
+            if node is None or node.value is None or not node.args or text[node.end : node.end + 12].lstrip(" $€£").startswith("="):
+                continue
+            plain_fraction = node.op == "/" and " " not in text[node.start : node.end]
+            if not plain_fraction and not any(low < node.end and node.start < high for low, high in spans):
+                found.append(node)
+        if len(found) >= MAX_EQUATIONS:
+            break
+    return found
 
 
 def regions(text: str) -> Iterator[tuple[int, int, bool, bool]]:

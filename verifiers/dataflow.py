@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
 
-from verifiers.arithmetic import Checked, checked_equations
+from verifiers.arithmetic import Checked, Equation, checked_equations, open_expressions
 from verifiers.expressions import Node, branches, leaves
+from verifiers.quantities import Mention, given, is_fact, is_known, unit_words
 
 MAX_TERMS = 10  # of a sum or product whose partial results are listed
 MAX_REACH = 5000
+NEAR = 120
+UNKNOWN = re.compile(r"[b-zB-Z](?![a-zA-Z])")  # `2x + 30 = 110` computes nothing
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One evaluated equation. Example: `9 * 2 = 18` has operands {9, 2}, signs {*} and result 18."""
+    """One evaluated equation, or a calculation without its result.
+
+    Example: `9 * 2 = 18` has operands {9, 2}, signs {*} and result 18.
+    """
 
     checked: Checked
     operands: tuple[Node, ...]
@@ -29,14 +36,27 @@ class Operation:
 
 
 def operations(text: str) -> list[Operation]:
-    """The equations of a text that compute something; the result is the written one."""
+    """What a text computes, in order; the result is the written one, or the right one where none is written."""
     found = []
-    for checked in checked_equations(text):
+    equations = checked_equations(text)
+    for checked in equations:
         left, value = checked.left, checked.equation.right
         if left is None or value is None or left.value is None or not left.args:
             continue
-        found.append(Operation(checked, tuple(leaves(left)), Counter(node.op for node in branches(left)), value))
-    return found
+        found.append(_operation(checked, left, value))
+    for node in open_expressions(text, equations):
+        span = (node.start, node.end)
+        alone = Equation(*span, *span, *span, node.value, node.value, "unchecked")
+        assert node.value is not None
+        found.append(_operation(Checked(alone, node, None, False), node, node.value))
+    numeric = (one for one in found if not any(UNKNOWN.match(text, leaf.end) for leaf in one.operands))
+    return sorted(numeric, key=lambda operation: operation.checked.equation.start)
+
+
+def _operation(checked: Checked, left: Node, result: Fraction) -> Operation:
+    if result.denominator > 10**9:
+        result = Fraction(round(result * 10**6), 10**6)  # `14.999999999999998` is a binary float's 15
+    return Operation(checked, tuple(leaves(left)), Counter(node.op for node in branches(left)), result)
 
 
 def reachable(gold: Sequence[Operation]) -> frozenset[Fraction]:
@@ -92,29 +112,94 @@ def product_factors(node: Node, power: int, known: dict[Fraction, list[tuple[Fra
     return [(part, power * inner) for part, inner in known.get(value, [(value, 1)])]
 
 
-def first_deviation(mine: Sequence[Operation], gold: Sequence[Operation], answer: Fraction | None) -> Operation | None:
-    """The first operation that gold never makes and that leads to nothing gold reaches.
+def first_deviation(
+    mine: Sequence[Operation],
+    gold: Sequence[Operation],
+    answer: Fraction | None,
+    source: Source | None = None,
+    *,
+    idle_ok: bool = False,
+) -> Operation | None:
+    """The first operation that gold never makes and that leads to nothing gold reaches, or that works on a foreign quantity.
 
-    Among several, one that feeds the answer goes before an idle side calculation. None when gold computes nothing.
+    Among several, one that feeds the answer goes before an idle side calculation, which does no harm with
+    `idle_ok`: the answer is right. None when gold computes nothing.
     """
-    if not gold:
+    if not gold and source is None:
         return None
-    reach = reachable(gold)
-    fine = [operation.result in reach for operation in mine]
-    feeding = [False] * len(mine)
+    reach = source.reach if source else reachable(gold)
+    good = [not gold or operation.result in reach for operation in mine]
+    for at in _repeated(mine, gold):
+        good[at] = False
+    sound = _sound(mine, source) if source else [True] * len(mine)
+    fine, feeding = [False] * len(mine), [False] * len(mine)
     wanted: set[Fraction] = set() if answer is None else {answer}
     needed: set[Fraction] = set()
     for at in range(len(mine) - 1, -1, -1):
         operation = mine[at]
-        fine[at] = fine[at] or operation.result in needed
+        fine[at] = sound[at] and (good[at] or operation.result in needed)
         feeding[at] = operation.result in wanted
         if fine[at]:
-            needed |= set(operation.values())
+            needed |= set(operation.values()) - (source.given if source else set())
         if feeding[at]:
             wanted |= set(operation.values())
     astray = [at for at in range(len(mine)) if not fine[at]]
-    first = next((at for at in astray if feeding[at]), astray[0] if astray else None)
+    first = next((at for at in astray if feeding[at]), astray[0] if astray and not idle_ok else None)
     return None if first is None else mine[first]
+
+
+def _repeated(mine: Sequence[Operation], gold: Sequence[Operation]) -> Iterator[int]:
+    """Operations that reach, from other numbers, a value that was reached before and that gold reaches once."""
+    once = {value for value, count in Counter(operation.result for operation in gold).items() if count == 1}
+    first: dict[Fraction, Counter[Fraction]] = {}
+    for at, operation in enumerate(mine):
+        before = first.setdefault(operation.result, operation.values())
+        if operation.result in once and not before & operation.values():
+            yield at
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a solution may take its numbers from."""
+
+    text: str
+    """The solution."""
+    given: frozenset[Fraction]
+    """Quantities of the question, and what stands for them."""
+    reach: frozenset[Fraction]
+    """What the gold solution reaches, and the numbers it starts from."""
+
+    @staticmethod
+    def of(text: str, question: str, gold: Sequence[Operation]) -> Source:
+        written = {abs(node.value) for one in gold for node in one.operands if node.value is not None}
+        return Source(text, frozenset(given(question)), reachable(gold) | written)
+
+    def near(self, start: int, end: int) -> str:
+        """The line around a place, at most NEAR characters either side."""
+        low = max(self.text.rfind("\n", 0, start) + 1, start - NEAR)
+        stop = self.text.find("\n", end)
+        return self.text[low : min(stop if stop >= 0 else len(self.text), end + NEAR)]
+
+
+def _sound(mine: Sequence[Operation], source: Source) -> list[bool]:
+    """Whether every operand of an operation is known where it stands: given, reached by gold, an earlier result, or a fact."""
+    known = set(source.given | source.reach)
+    sound = []
+    for operation in mine:
+        equation = operation.checked.equation
+        operands = [node for node in operation.operands if node.value is not None]
+        strange = [node for node in operands if not is_known(as_mention(node), known)]
+        words = unit_words(source.near(equation.start, equation.end)) if strange else set()
+        sound.append(all(is_fact(abs(node.value or Fraction(0)), words) for node in strange))
+        known |= {operation.result} | ({equation.left} if equation.left is not None else set())
+        tree = operation.checked.left
+        if tree is not None:
+            known |= {node.value for node in branches(tree) if node.value is not None}
+    return sound
+
+
+def as_mention(node: Node) -> Mention:
+    return Mention(node.start, node.end, abs(node.value or Fraction(0)), True)
 
 
 def closest(operation: Operation, gold: Sequence[Operation], done: Sequence[Operation]) -> Operation | None:

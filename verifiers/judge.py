@@ -12,10 +12,11 @@ from fractions import Fraction
 
 from verifiers.answers import extract_answer, is_right, parse_number
 from verifiers.arithmetic import Checked, read
-from verifiers.dataflow import Operation, closest, first_deviation, operations
+from verifiers.dataflow import Operation, Source, closest, first_deviation, operations
 from verifiers.expressions import Node, branches, leaves, tokens
 from verifiers.phrases import left_side
-from verifiers.steps import Step, split_steps
+from verifiers.quantities import foreign
+from verifiers.steps import FINAL, Step, split_steps
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class FirstError:
     """first character of the wrong decision in the solution"""
     end: int
     kind: str
-    """arithmetic, copy, operand, operator, result, expression, answer or step"""
+    """arithmetic, copy, quantity, operand, operator, result, expression, answer or step"""
     evidence: str
 
 
@@ -41,22 +42,55 @@ class Verdict:
     error: FirstError | None
 
 
-def judge(solution: str, gold_solution: str, gold_answer: str) -> Verdict:
-    """Judge one solution. Never raises on any text; offsets are characters of `solution`."""
+def judge(solution: str, gold_solution: str, gold_answer: str, question: str = "", *, regardless: bool = False) -> Verdict:
+    """Judge one solution. Never raises on any text; offsets are characters of `solution`.
+
+    With the question, a quantity that comes from nowhere is an error too. `regardless` looks for an error even where the
+    final answer is right, to measure false alarms.
+    """
     answer = extract_answer(solution)
     steps = tuple(split_steps(solution))
     correct = is_right(solution, gold_answer)
     mine = operations(solution)
     slip = false_equation(solution, steps, mine)
-    if correct or not steps:
+    if not steps or correct and not regardless:
         return Verdict(correct, answer, steps, slip if slip and slip.kind == "arithmetic" else None)
     reached = parse_number(answer) if answer is not None else None
     before_slip = [one for one in mine if slip is None or one.checked.equation.end <= slip.start]
     gold = operations(gold_solution)
-    stray = first_deviation(before_slip if slip else mine, gold, None if slip else reached)
-    if stray:
-        return Verdict(False, answer, steps, deviation(solution, steps, stray, before_slip, gold))
-    return Verdict(False, answer, steps, slip or ending(solution, steps, mine, answer, gold_answer))
+    source = Source.of(solution, question, gold) if question else None
+    stray = first_deviation(before_slip if slip else mine, gold, None if slip else reached, source, idle_ok=correct)
+    error = deviation(solution, steps, stray, before_slip, gold) if stray else slip
+    if source and (misquoted := foreign_quantity(steps, mine, source, error)):
+        error = misquoted
+    if error is None and not correct:
+        error = ending(solution, steps, mine, answer, gold_answer)
+    return Verdict(correct, answer, steps, error)
+
+
+def foreign_quantity(
+    steps: Sequence[Step], mine: Sequence[Operation], source: Source, error: FirstError | None
+) -> FirstError | None:
+    """A quantity in the words before `error` that neither the question nor the gold solution nor a calculation gives."""
+    known = set(source.given | source.reach)
+    spans = [(one.checked.equation.start, one.checked.equation.end) for one in mine]
+    at = 0
+    for step in steps:
+        if FINAL.match(source.text, step.start) or error and step.start >= error.start:
+            return None
+        while at < len(mine) and mine[at].checked.equation.start < step.end:
+            tree = mine[at].checked.left
+            known |= (
+                {mine[at].result} | {node.value for node in branches(tree) if node.value is not None} if tree else {mine[at].result}
+            )
+            at += 1
+        found = foreign(source.text, step.start, min(step.end, error.start) if error else step.end, known, spans)
+        if found:
+            named = source.text[found.start : found.end]
+            return FirstError(
+                step.index, found.start, found.end, "quantity", f"{named} stands neither in the question nor follows from it"
+            )
+    return None
 
 
 def false_equation(solution: str, steps: Sequence[Step], mine: Sequence[Operation]) -> FirstError | None:

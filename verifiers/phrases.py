@@ -24,6 +24,8 @@ class Reader:
     out: list[Token] = field(default_factory=list)
     after_word: bool = False
     unit_words: int = 0
+    label: bool = False
+    """within words that name what the equation gives, as in `$50 - $33 Total cost = $17`"""
 
     def operand_before(self) -> bool:
         return bool(self.out) and self.out[-1].kind in ("num", "rpar", "pct")
@@ -44,6 +46,7 @@ class Reader:
     def step(self, at: int) -> int:
         """Handle the token at `at`; how many tokens that used up."""
         token, before = self.items[at], self.operand_before()
+        self.label = self.label and token.kind in ("word", "text")
         match token.kind:
             case "cur":
                 if self.kind_at(at + 1) not in ("num", "op", "vulgar", "lpar"):
@@ -53,6 +56,8 @@ class Reader:
                 if before:
                     self.add_break()
                 return 1
+            case "lpar" if before and (used := self.aside(at)):
+                return used
             case "num" | "vulgar" | "lpar" | "frac":
                 self.operand(at, token, before)
             case "rpar":
@@ -84,6 +89,16 @@ class Reader:
                 self.add_break()
         self.unit_words = 0
         self.out.append(token)
+
+    def aside(self, at: int) -> int:
+        """How many tokens a remark in parentheses takes, as in `3 (breakfast) + 5 (baked)`; 0 when it holds more than words."""
+        for used in range(1, MAX_UNIT_WORDS + 2):
+            kind = self.kind_at(at + used)
+            if kind == "rpar":
+                return used + 1 if used > 1 else 0
+            if kind not in ("word", "text") or len(self.items[at + used].text) == 1:
+                return 0  # `4(x)` is a product
+        return 0
 
     def is_fraction(self, at: int, token: Token) -> bool:
         """The token starts the proper fraction of a mixed number such as `2 1/2` or `2½`."""
@@ -134,6 +149,9 @@ class Reader:
                 self.add_break(after_word=True)
             return 1
         last = self.out[-1]
+        if self.label or token.text[0].isupper() and len(token.text) > 1 and not last.unit:
+            self.label = True
+            return 1
         if token.text in SCALES and last.kind == "num" and not last.unit and last.scale == 1:
             self.out[-1] = replace(last, scale=SCALES[token.text])
         else:
@@ -166,3 +184,14 @@ def right_side(items: list[Token]) -> list[Token]:
         if token is BREAK or depth < 0:
             return out[:at]
     return out
+
+
+def expressions(items: list[Token]) -> list[list[Token]]:
+    """All stretches of tokens that may be expressions with an operator, equals sign or not."""
+    found: list[list[Token]] = [[]]
+    for token in Reader(items, line_start=True).read():
+        if token is BREAK:
+            found.append([])
+        else:
+            found[-1].append(token)
+    return [stretch for stretch in found if any(token.kind == "op" for token in stretch)]

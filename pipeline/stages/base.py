@@ -18,7 +18,7 @@ from pipeline.config import BaseSettings, ScratchModel, Settings
 from pipeline.stages.io import Codec, read_problems, write_json
 from pipeline.stages.stage import Context, StageError
 from pipeline.tasks.problem import Problem
-from verifiers.answers import is_right
+from verifiers.tasks import judge_of
 
 PAD, STOP = "<|pad|>", "<|end|>"
 
@@ -49,8 +49,7 @@ def _from_scratch(context: Context) -> None:
     longest = max(len(codec.solution_ids(problem.solution)) for problem in dev)
     check = DevCheck(
         prompts=tuple(codec.prompt_ids(problem) for problem in checked),
-        answers=tuple(problem.answer for problem in checked),
-        is_right=is_right,
+        is_right=lambda index, text: judge_of(checked[index]).correct(checked[index], text),
         max_tokens=longest + 16,
     )
     examples = [clean_example(codec, problem) for problem in learn]

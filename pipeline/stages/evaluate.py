@@ -25,8 +25,7 @@ from pipeline.stages.sft import CONTROL
 from pipeline.stages.stage import Context
 from pipeline.stages.traces import locate
 from pipeline.tasks.problem import Problem
-from verifiers.answers import is_right
-from verifiers.attempts import right_attempt, state_is_wrong
+from verifiers.tasks import judge_of
 
 ROWS = Features(
     {
@@ -140,8 +139,8 @@ def _row(model: str, problem: Problem, soft: Completion, first: Completion, code
         split=problem.split,
         family=problem.family,
         hindsight=problem.hindsight,
-        correct=is_right(codec.decode(undone.surviving).text, problem.answer),
-        first_correct=is_right(codec.decode(first.token_ids).text, problem.answer),
+        correct=judge_of(problem).correct(problem, codec.decode(undone.surviving).text),
+        first_correct=judge_of(problem).correct(problem, codec.decode(first.token_ids).text),
         tokens=len(soft.token_ids),
         undos=undone.undos,
         noops=undone.noops,
@@ -158,7 +157,7 @@ def spurious_undos(problem: Problem, ids: Sequence[int], codec: Codec) -> int:
     for index, token in enumerate(ids):
         if token == codec.rule.undo_id:
             state = apply_undo(ids[:index], codec.rule).surviving
-            count += bool(state) and not state_is_wrong(problem, codec.decode(state).text)
+            count += bool(state) and not judge_of(problem).state_is_wrong(problem, codec.decode(state).text)
     return count
 
 
@@ -208,7 +207,7 @@ def _cases(problems: Sequence[Problem], completions: Sequence[Completion], codec
     judged = judge_rows([(problem, text.text) for problem, text in zip(problems, texts, strict=True)])
     cases = []
     for problem, completion, one in zip(problems, completions, judged, strict=True):
-        right = right_attempt(problem, one.attempt.step) if one.attempt else None
+        right = judge_of(problem).right_state(problem, one.attempt.step) if one.attempt else None
         if one.attempt is None or right is None:
             continue
         prompt = codec.prompt_ids(problem)

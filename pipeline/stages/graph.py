@@ -41,7 +41,7 @@ def _generation(settings: Settings) -> dict[str, Any]:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("problems", 1, lambda round: (), _problem_settings, per_round=False),
+    Stage("problems", 2, lambda round: (), _problem_settings, per_round=False),
     Stage(
         "base",
         1,
@@ -61,7 +61,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "judge",
-        1,
+        2,
         lambda round: (_PROBLEMS, _model(round), Input("rollouts", round, "rollouts")),
         lambda s: {"token": s.undo.token, "prompt": s.base.prompt},
     ),

@@ -17,9 +17,9 @@ from pipeline.backtrack.undo import apply_undo
 from pipeline.stages.io import Codec, read_problems, read_rows, write_rows
 from pipeline.stages.stage import Context, StageError
 from pipeline.tasks.problem import Problem
-from verifiers.answers import is_right
 from verifiers.arithmetic import equations
 from verifiers.steps import token_span
+from verifiers.tasks import judge_of
 
 FEATURES = Features(
     {
@@ -68,7 +68,7 @@ def run(context: Context) -> None:
             for chosen in _chains(tries, settings.traces.max_errors, f"{settings.run.seed}/{problem_id}/{len(prefix)}"):
                 trace = build_trace(chosen[0].prompt, prefix, [one.wrong_try for one in chosen], correction, codec.rule)
                 surviving = apply_undo(trace.ids[trace.prompt_length :], codec.rule).surviving
-                if not is_right(codec.decode(surviving).text, problem.answer):
+                if not judge_of(problem).correct(problem, codec.decode(surviving).text):
                     dropped["ends_wrong"] += 1
                     continue
                 rows.append(_row(problem, trace, "self", source, chosen, settings.traces.mask, codec))

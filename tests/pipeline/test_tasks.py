@@ -18,8 +18,9 @@ from pipeline.config import FamilyName, Gsm8kTask, SyntheticTask
 from pipeline.tasks import gsm8k, synthetic
 from pipeline.tasks.problem import Problem, TaskError
 from verifiers.arithmetic import equations
-from verifiers.attempts import attempt_text, judge_problem
 from verifiers.judge import judge
+from verifiers.synthetic import attempt_text
+from verifiers.tasks import judge_of
 
 DATA = os.environ.get("RETRACT_DATA")
 ALL_FAMILIES = list(typing.get_args(FamilyName))
@@ -82,7 +83,10 @@ def test_more_problems_than_there_are() -> None:
 
 def test_gold_solutions_are_right() -> None:
     for problem in PROBLEMS:
-        for verdict in (judge(problem.solution, problem.solution, problem.answer), judge_problem(problem, problem.solution)):
+        for verdict in (
+            judge(problem.solution, problem.solution, problem.answer),
+            judge_of(problem).judge(problem, problem.solution),
+        ):
             assert verdict.correct and verdict.error is None, problem
         found = equations(problem.solution)
         assert found and all(equation.verdict == "true" for equation in found), problem
@@ -289,4 +293,4 @@ def test_the_real_files_load() -> None:
     counts = Counter(problem.split for problem in problems)
     assert (counts["train"] + counts["dev"], counts["test"], bad) == (7473, 1319, 0)
     for problem in random.Random(0).sample(problems, 200):
-        assert judge_problem(problem, problem.solution).correct
+        assert judge_of(problem).judge(problem, problem.solution).correct

@@ -16,7 +16,8 @@ from pipeline.config import FamilyName, SyntheticTask
 from pipeline.tasks import synthetic
 from pipeline.tasks.problem import Problem
 from verifiers.arithmetic import equations
-from verifiers.attempts import attempt_text, judge_problem, right_attempt, state_is_wrong, wrong_attempt
+from verifiers.synthetic import attempt_text
+from verifiers.tasks import judge_of
 
 TASK = SyntheticTask(train=320, dev=8, test=8, ood=160, families=list(typing.get_args(FamilyName)))
 PROBLEMS = list(synthetic.load(TASK, 3))
@@ -58,8 +59,8 @@ def test_all_families_are_here() -> None:
 def test_a_wrong_choice_is_cut_at_its_evidence(problem: Problem, draw: random.Random) -> None:
     choice = wrong_choice(problem, draw)
     solution = rationalised(problem, choice, draw)
-    verdict = judge_problem(problem, solution)
-    attempt = wrong_attempt(problem, solution, verdict)
+    verdict = judge_of(problem).judge(problem, solution)
+    attempt = judge_of(problem).attempt(problem, solution, verdict)
     assert verdict.error and attempt
     assert (verdict.error.kind, verdict.error.step) == ("choice", 0)
     assert solution[verdict.error.start : verdict.error.end] == str(choice)
@@ -87,14 +88,14 @@ def test_a_false_equation_in_a_try_is_recomputed() -> None:
     a, total = params["a"], params["total"]
     part, rest = a + 1, total - a - 1
     solution = f"Try 1 boxes of {a}: <<1*{a}={part}>>{part}, <<{total}-{part}={rest}>>{rest}, <<{rest}/"
-    attempt = wrong_attempt(problem, solution, judge_problem(problem, solution))
+    attempt = judge_of(problem).attempt(problem, solution, judge_of(problem).judge(problem, solution))
     assert attempt and not attempt.own
     assert attempt.text == attempt_text(problem, 1) and f"<<1*{a}={a}>>{a}" in attempt.text
 
 
 def test_other_words_than_the_familys_are_no_choice() -> None:
     problem = next(one for one in HINDSIGHT if one.family == "boxes" and right_choice(one) != 3)
-    verdict = judge_problem(problem, "Try 3 hats of 1: <<3*1=3>>3\n#### 99999")
+    verdict = judge_of(problem).judge(problem, "Try 3 hats of 1: <<3*1=3>>3\n#### 99999")
     assert verdict.error and verdict.error.kind != "choice"
 
 
@@ -108,7 +109,7 @@ def test_a_false_result_in_a_forward_family(problem: Problem, data: st.DataObjec
     false = int(found[2]) + data.draw(st.integers(1, 30))
     line = f"{found[1]}{false}>>{false}{found[4]}"
     solution = "\n".join([*lines[:step], line, "#### 99999"])
-    attempt = wrong_attempt(problem, solution, judge_problem(problem, solution))
+    attempt = judge_of(problem).attempt(problem, solution, judge_of(problem).judge(problem, solution))
     assert attempt
     assert (attempt.step, attempt.text, attempt.own) == (step, line, True)
     assert solution[: attempt.start] == "".join(f"{one}\n" for one in lines[:step])
@@ -128,7 +129,7 @@ def test_a_wrong_operand_in_a_forward_family(problem: Problem, data: st.DataObje
     result = kept + operand
     line = f"{found[1]}{kept}+{operand}={result}>>{result}{found[4]}"
     solution = "\n".join([*lines[:step], line, f"#### {result}"])
-    attempt = wrong_attempt(problem, solution, judge_problem(problem, solution))
+    attempt = judge_of(problem).attempt(problem, solution, judge_of(problem).judge(problem, solution))
     assert attempt
     assert (attempt.step, attempt.text) == (step, line)
     assert [line[start:end] for start, end in attempt.wrong] == [str(operand)]
@@ -137,10 +138,10 @@ def test_a_wrong_operand_in_a_forward_family(problem: Problem, data: st.DataObje
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(PROBLEMS))
 def test_right_solutions_have_no_attempt(problem: Problem) -> None:
-    verdict = judge_problem(problem, problem.solution)
-    assert verdict.correct and wrong_attempt(problem, problem.solution, verdict) is None
+    verdict = judge_of(problem).judge(problem, problem.solution)
+    assert verdict.correct and judge_of(problem).attempt(problem, problem.solution, verdict) is None
     unsure = replace(verdict, correct=False, error=None)
-    assert wrong_attempt(problem, problem.solution, unsure) is None
+    assert judge_of(problem).attempt(problem, problem.solution, unsure) is None
 
 
 @settings(max_examples=40, deadline=None)
@@ -151,7 +152,7 @@ def test_prefixes_of_gold_are_not_wrong(problem: Problem, data: st.DataObject) -
     ends = [at for at, letter in enumerate(gold) if letter == "\n"]
     anywhere = data.draw(st.lists(st.integers(0, len(gold)), min_size=8, max_size=8))
     for end in {0, len(gold), *ends, *(end + 1 for end in ends), *anywhere}:
-        assert not state_is_wrong(problem, gold[:end]), gold[:end]
+        assert not judge_of(problem).state_is_wrong(problem, gold[:end]), gold[:end]
 
 
 @settings(max_examples=150, deadline=None)
@@ -159,10 +160,12 @@ def test_prefixes_of_gold_are_not_wrong(problem: Problem, data: st.DataObject) -
 def test_a_wrong_try_is_a_wrong_state(problem: Problem, draw: random.Random) -> None:
     choice = wrong_choice(problem, draw)
     text = attempt_text(problem, choice)
-    assert state_is_wrong(problem, text)
-    assert state_is_wrong(problem, text[: text.index(":") + 1])  # from the choice on, before the evidence too
-    assert state_is_wrong(problem, rationalised(problem, choice, draw).splitlines()[0])
-    assert not state_is_wrong(problem, "Try ") and not state_is_wrong(problem, attempt_text(problem, right_choice(problem)))
+    assert judge_of(problem).state_is_wrong(problem, text)
+    assert judge_of(problem).state_is_wrong(problem, text[: text.index(":") + 1])  # from the choice on, before the evidence too
+    assert judge_of(problem).state_is_wrong(problem, rationalised(problem, choice, draw).splitlines()[0])
+    assert not judge_of(problem).state_is_wrong(problem, "Try ") and not judge_of(problem).state_is_wrong(
+        problem, attempt_text(problem, right_choice(problem))
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -171,22 +174,22 @@ def test_a_false_equation_is_a_wrong_state(problem: Problem, data: st.DataObject
     found = data.draw(st.sampled_from(list(re.finditer(r"=(\d+)>>", problem.solution))))
     before, right = problem.solution[: found.start(1)], found[1]
     false = data.draw(st.integers(1, 200).map(str).filter(lambda number: not right.startswith(number)))
-    assert state_is_wrong(problem, before + false)
-    assert state_is_wrong(problem, f"{before}{int(right) + 1}>>{int(right) + 1} things.\n")
+    assert judge_of(problem).state_is_wrong(problem, before + false)
+    assert judge_of(problem).state_is_wrong(problem, f"{before}{int(right) + 1}>>{int(right) + 1} things.\n")
     if len(right) > 1:  # cut off by `>>`, a right beginning is a wrong number
-        assert state_is_wrong(problem, f"{before}{right[:-1]}>>")
+        assert judge_of(problem).state_is_wrong(problem, f"{before}{right[:-1]}>>")
 
 
 @pytest.mark.parametrize("problem", [HINDSIGHT[0], HINDSIGHT[-1], FORWARD[0], FORWARD[-1]], ids=lambda one: one.family)
 def test_the_right_state_beside_a_wrong_one(problem: Problem) -> None:
     lines = problem.solution.split("\n")
     for step in range(len(lines)):
-        right = right_attempt(problem, step)
+        right = judge_of(problem).right_state(problem, step)
         assert right is not None and problem.solution.startswith(right)
-        assert right.count("\n") == step and not state_is_wrong(problem, right)
+        assert right.count("\n") == step and not judge_of(problem).state_is_wrong(problem, right)
         whole = right == "\n".join(lines[: step + 1])
         assert whole != (problem.hindsight and step == 0)  # a try's evidence stands before its line ends
-    assert right_attempt(problem, len(lines)) is None
+    assert judge_of(problem).right_state(problem, len(lines)) is None
 
 
 def test_forward_families_have_no_choices() -> None:
