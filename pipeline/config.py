@@ -77,6 +77,26 @@ class Gsm8kTask(Section):
     on_bad_row: Literal["fail", "skip"] = Field("fail", description="What a malformed line does; skipped ones are counted.")
 
 
+class CountdownTask(Section):
+    """Reach a target from numbers with + - * /, each number used exactly once; made here, see pipeline/tasks/countdown.py."""
+
+    name: Literal["countdown"] = Field(description="countdown: reach a target from numbers with + - * /.")
+    train: int = Field(7473, ge=8, le=100_000, description="Training problems.")
+    dev: int = Field(350, ge=8, le=20_000, description="Problems for early stopping and for accepting a round.")
+    test: int = Field(700, ge=8, le=20_000, description="Problems for evaluation.")
+    ood: int = Field(210, ge=8, le=20_000, description="Problems with more numbers than any training problem.")
+    numbers: int = Field(4, ge=3, le=6, description="How many numbers a problem gives; a solution takes one step less.")
+    ood_numbers: int | None = Field(None, ge=4, le=7, description="The same for the ood split; null takes one more than numbers.")
+    largest: int = Field(12, ge=5, le=100, description="Largest number that is given; the smallest is 1.")
+    largest_target: int = Field(100, ge=10, le=1000, description="Largest target, and largest result on the way to it.")
+
+    @model_validator(mode="after")
+    def _more_numbers_in_ood(self) -> Self:
+        if self.ood_numbers is not None and self.ood_numbers <= self.numbers:
+            raise ValueError(f"ood_numbers must be above numbers, {self.numbers}, is {self.ood_numbers}")
+        return self
+
+
 class UndoSettings(Section):
     token: str = Field("<|BACKTRACK|>", min_length=1, max_length=64, description="The undo token's text.")
     unit: Literal["token", "step", "all"] = Field("step", description="What one undo token deletes.")
@@ -172,6 +192,12 @@ class RolloutSettings(SamplingSettings):
 
 class JudgeSettings(Section):
     batch: int = Field(1000, ge=1, le=1_000_000, description="Rollouts in one judge task.")
+    method: Literal["auto", "symbolic", "rollouts", "combined"] = Field(
+        "auto", description="First errors: auto is exact where the task can decide, else symbolic and rollouts combined."
+    )
+    samples: int = Field(4, ge=1, le=256, description="Completions of a prefix, for rollouts and combined.")
+    sure: float = Field(0.9, gt=0, lt=1, description="Combined: posterior of a step at which its search ends.")
+    budget: int | None = Field(None, ge=1, description="Combined: prefixes sampled for a solution, at most; null is no limit.")
 
 
 class TraceSettings(Section):
@@ -195,9 +221,10 @@ class EvaluateSettings(SamplingSettings):
 
 class ReportSettings(Section):
     rollouts: int = Field(50, ge=0, le=10_000, description="Rollouts shown, deleted tokens struck through.")
+    judged: int = Field(30, ge=0, le=10_000, description="Wrong training rollouts shown, their first error marked.")
 
 
-Task = Annotated[SyntheticTask | Gsm8kTask, Field(discriminator="name")]
+Task = Annotated[SyntheticTask | Gsm8kTask | CountdownTask, Field(discriminator="name")]
 
 
 class Settings(Section):
@@ -305,8 +332,8 @@ def _fields_at(path: Sequence[str], problem: Any) -> list[str]:
     for part in path:
         model = model.model_fields[part].annotation
         if typing.get_origin(model) in (typing.Union, types.UnionType):
-            chosen = "gsm8k" if "gsm8k" in problem["loc"] else "synthetic"
-            model = next(m for m in typing.get_args(model) if m.model_fields["name"].annotation == Literal[chosen])
+            chosen = problem["loc"][1]  # behind `task` stands the task's name
+            model = next(m for m in typing.get_args(model) if chosen in typing.get_args(m.model_fields["name"].annotation))
     return list(model.model_fields)
 
 

@@ -91,6 +91,25 @@ class ShownGroup:
 
 
 @dataclass(frozen=True)
+class JudgedShown:
+    """A wrong rollout with its first error marked."""
+
+    problem: str
+    family: str
+    question: str
+    answer: str
+    before: str
+    error: str
+    after: str
+    """The rollout's text before, within and behind the error."""
+    step: int
+    """Number of the wrong step, from 1."""
+    kind: str
+    evidence: str
+    method: str
+
+
+@dataclass(frozen=True)
 class Line:
     """One line of a figure: (step, value) points."""
 
@@ -107,6 +126,8 @@ class Plot:
     percent: bool = False
     kept_step: int | None = None
     """Step whose weights were kept, marked by an upright line."""
+    bars: bool = False
+    """Upright bars at whole numbers in place of lines, for a histogram."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +153,8 @@ class Page:
     """What `metrics.json` of the run holds."""
     plots: Sequence[Plot] = ()
     tables: Sequence[CountTable] = ()
+    histograms: Sequence[Plot] = ()
+    judged: Sequence[JudgedShown] = ()
     groups: Sequence[ShownGroup] = ()
     config: str = ""
     versions: Sequence[tuple[str, str]] = field(default=())
@@ -172,7 +195,8 @@ def render(page: Page) -> str:
         worded=[in_words(one) for one in comparisons if _is_told(one)],
         comparisons=comparisons,
         phrase=phrase,
-        figures=[figure(plot, f"plot{i}") for i, plot in enumerate(page.plots) if any(line.points for line in plot.lines)],
+        figures=_figures(page.plots, "plot"),
+        histograms=_figures(page.histograms, "histogram"),
     )
 
 
@@ -307,6 +331,10 @@ def tabulate(title: str, head: str, columns: Sequence[str], counts: Mapping[tupl
     return CountTable(title, head, columns, [("all", [sum(row[1][i] for row in rows) for i in range(len(columns))]), *rows])
 
 
+def _figures(plots: Sequence[Plot], name: str) -> list[Markup]:
+    return [figure(plot, f"{name}{i}") for i, plot in enumerate(plots) if any(line.points for line in plot.lines)]
+
+
 def figure(plot: Plot, name: str) -> Markup:
     """An inline SVG in the page's own colours; lines differ by dashes too. `name` keeps the ids of one page apart."""
     settings: dict[Any, Any] = {
@@ -327,6 +355,9 @@ def figure(plot: Plot, name: str) -> Markup:
         drawn = [line for line in plot.lines if line.points]
         for i, line in enumerate(drawn):
             steps, values = zip(*line.points, strict=True)
+            if plot.bars:
+                axes.bar(steps, values, width=0.7, color=_SERIES[i % 2], label=line.name)
+                continue
             marker = "o" if len(values) < 30 else ""
             style: dict[str, Any] = {"color": _SERIES[i % 2], "linestyle": _STYLES[i % 2], "marker": marker}
             axes.plot(steps, values, **style, linewidth=1.6, markersize=3, clip_on=False, label=line.name)

@@ -11,38 +11,72 @@ import re
 import unicodedata
 from collections import deque
 from fractions import Fraction
+from functools import lru_cache
 
 MAX_SPAN = 200  # characters of an answer
 MAX_TAIL = 4000  # characters at the end that are searched when no marker stands in the text
 MAX_DIGITS = 100
 MAX_EXPONENT = 100
+MAX_DEPTH = 24  # of brackets
 MAX_MARKERS = 64  # the last ones of a text are tried
 
+CURRENCY = "[$€£¥₹¢₩₽]"
 DIGITS = r"(?:(?!0,)[0-9]{1,3}(?:[,_' \u00a0\u202f][0-9]{2,3})*[,_' \u00a0\u202f][0-9]{3}(?![0-9])|[0-9]+)"
 DECIMAL = rf"(?:{DIGITS}(?:\.[0-9]*)?|\.[0-9]+)(?:e[+-]?[0-9]{{1,4}}|\s?[x×*·]\s?10\^\(?[+-]?[0-9]{{1,4}}\)?)?"
 PLAIN = rf"(?:[0-9]{{1,9}}[ -])?[0-9]+\s?/\s?[0-9]+(?![/0-9])|{DECIMAL}"
 SCALES = {"hundred": 100, "thousand": 1000, "k": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 NUMBER = re.compile(
-    rf"(?P<sign>[+-]?)\s?[$€£]?\s?(?P<inner>[+-]?)(?P<body>{PLAIN})\s?(?P<percent>%|percent\b)?[$€£]?"
+    rf"(?P<sign>[+-]?)\s?{CURRENCY}?\s?(?P<inner>[+-]?)(?P<body>{PLAIN})\s?(?P<percent>%|percent\b)?{CURRENCY}?"
     rf"(?:\s?(?P<scale>{'|'.join(SCALES)})(?![a-z]))?",
     re.IGNORECASE,
 )
-UNIT = re.compile(r"(?:\s?[a-zA-Z°][^0-9=+*×÷]*(?:\^?[23](?![0-9]))?)?[\s.,;:!?)\]'\"]*")
-IN_TEXT = re.compile(rf"(?<![\w.,/^])(?:(?<![0-9)$€£%] )[+-])?[$€£]?(?<![0-9])(?:{PLAIN})\s?%?", re.IGNORECASE)
-HEDGE = re.compile(r"\bor\b[^0-9]{0,20}[0-9]|\b(?:and|to|vs)\s+\$?[0-9]|[0-9]\s?[|;]\s?[0-9]", re.IGNORECASE)
+EUROPEAN = re.compile(
+    rf"-?{CURRENCY}?(?:(?:[0-9]{{1,3}}(?:[. '][0-9]{{3}})*|0),(?:[0-9]{{1,2}}|(?<=0,)[0-9]+)|[0-9]{{1,3}}(?:\.[0-9]{{3}}){{2,}})"
+    r"(?:[^0-9,.].*)?"
+)
+UNIT = re.compile(r"(?:\s?/?(?:[^\W\d_]|°)[^0-9=+*×÷]*(?:\^?[23](?![0-9]))?)?[\s.,;:!?)\]'\"。]*")
+IN_TEXT = re.compile(
+    rf"(?<![\w.,/^])(?<![0-9]:)(?:(?<![0-9)$€£%] )[+-])?{CURRENCY}?(?<![0-9])"
+    rf"(?:[0-9]{{1,3}}(?:\.[0-9]{{3}})*,[0-9]{{1,2}}(?![0-9]|,[0-9])|{PLAIN})(?![0-9]*:[0-9])\s?%?",
+    re.IGNORECASE,
+)
+HEDGE = re.compile(
+    r"\bor\b[^0-9]{0,20}[0-9]|\b(?:and|to|vs)\s+\$?[0-9]|[0-9]\s?[|;]\s?[0-9]|^\W*not\b|±"
+    r"|[0-9]\s?(?:years?|weeks?|days?|hours?|hrs?|minutes?|mins?|yards?|feet|foot|ft|pounds?|lbs?|dollars|gallons?),?\s[0-9]+\s?"
+    r"(?:months?|days?|hours?|hrs?|minutes?|mins?|seconds?|feet|foot|inch(?:es)?|in|ounces?|oz|cents?|quarts?)\b",
+    re.IGNORECASE,
+)
 ENDS = re.compile(r"[.,;:!?]?(?:\s[^0-9]|$)")
+# what makes a number the first of several; may be cut off
+CALCULATION = re.compile(
+    r"\s?(?:(?:->|[→<>≈≠])\s*[-+($€£]*[0-9]|(?:[-+*/×÷:x·]|plus\b|minus\b|times\b)\s*(?:[-+($€£]*[0-9]|$))", re.IGNORECASE
+)
 
-LOOSE_MARKER = r"(?:final\s+|correct\s+)?answer\s*(?:\*\*)?\s*(?:is\b|:|=)\s*(?:\*\*)?:?"
+# possessive, because two stretches of white space that may share a long one take quadratic time
+LOOSE_MARKER = r"(?:final\s++|correct\s++)?answer\s*+(?:\*\*\s*+)?(?:is\b|:|=)[ \t]*+(?:\*\*)?:?"
 MARKER = re.compile(
     rf"(?P<hash>\#{{4}})|(?P<boxed>\\f?boxed\s?\{{)|(?P<line>(?:^|(?<=[.!?]\ ))[ \t*]*A:)|(?P<loose>\b{LOOSE_MARKER})",
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
+# without any of these, an ASCII span is tidy
+DRESSED = re.compile(r"[\\`*~{_<\x00-\x08\x0e-\x1b\x7f]|\$.*\$|^(?:minus|negative)\b|[0-9] and [0-9]", re.DOTALL | re.IGNORECASE)
+INVISIBLE = re.compile(
+    r"\x1b\[[0-9;]*[a-zA-Z]|[\x00-\x08\x0e-\x1b\x7f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufe0e\ufe0f\u20e3\ufeff]"
+)
+POWER = re.compile(r"(?<=[0-9)])\*\*(?=[0-9]|\([-0-9])")
+BOLD = re.compile(r"(?<![0-9)])\*\*|\*\*(?![0-9]|\([-0-9])")  # all other pairs of stars
+BULLET = re.compile(r"[ \t:*]*[\r\n]+\s*[-•]\s+")
 VULGAR = re.compile(r"\s?([¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])")
-SUPERSCRIPT = re.compile(r"[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+SUPERSCRIPT = re.compile(r"(?<=[a-zA-Z0-9)}])[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 # what Math-Verify may see: digits, signs and four commands, one power at most, nothing that could grow or run
 STRICT = re.compile(
     r"(?=[^^]*\^?[^^]*$)(?:[0-9+\-/*.(){} ]|\^\{?-?[0-9]{1,2}(?![0-9])\}?|\\[dt]?frac|\\sqrt|\\pi|\\cdot|\\times){1,64}"
+)
+# a sign without its number, numbers side by side, three signs: Math-Verify would read the part that it understands
+BROKEN = re.compile(
+    r"(?:^|[-+*/^({]|\\cdot|\\times)\s*(?:[*/^)}]|\\cdot|\\times|$)|[-+]\s*[-+]\s*[-+]|^\s*[-+]\s*[-+]|[0-9.]\s+[0-9.(]|[)}]\s*[0-9.]"
+    r"|\.(?![0-9])|\.[0-9]+\.|\\(?:[dt]?frac|sqrt)(?!\s?[{0-9])"
 )
 
 
@@ -56,8 +90,17 @@ def extract_answer(text: str) -> str | None:
         answer = after_marker(text, match)
         if answer is not None:
             return answer
-    numbers: list[str] = IN_TEXT.findall(text[-MAX_TAIL:])
+    whole = text.strip() if len(text) <= MAX_SPAN else ""
+    if re.search(r"[\\^]", whole) and strict(tidy(whole)):
+        return whole  # `\\sqrt{16}`
+    numbers: list[str] = IN_TEXT.findall(plain(text[-MAX_TAIL:]))
     return bare(numbers[-1]) if numbers else None
+
+
+def stated_answer(gold: str) -> str | None:
+    """The answer of a gold solution. A line without a marker is the answer itself: `12:30` and `18 or 20` are no numbers."""
+    line = gold.strip()
+    return extract_answer(gold if "\n" in line or MARKER.search(line) else f"#### {line}")
 
 
 def after_marker(text: str, match: re.Match[str]) -> str | None:
@@ -77,23 +120,29 @@ def after_marker(text: str, match: re.Match[str]) -> str | None:
     leading = NUMBER.match(clean)
     if match["line"] and "\n" in text[match.end() :].strip():
         return None  # `A: Janet has 16 eggs and eats 3.` opens a solution, it does not end it
-    if leading and ENDS.match(clean[len(leading.group().rstrip()) :]) and "=" not in clean:
+    if leading and alone(clean, leading) and "=" not in clean:
         return span if hedged else bare(leading.group())
     if "=" in clean:
-        return after_marker_value(clean.rpartition("=")[2].strip()) or span
-    numbers = [bare(found) for found in IN_TEXT.findall(clean)]
+        return span if re.search(r"\bor\b", clean) else after_marker_value(clean.rpartition("=")[2].strip()) or span
+    numbers = list(IN_TEXT.finditer(clean))
     if match["line"] and len(numbers) != 1:
         return None
-    if not numbers or hedged or leading:
+    if not numbers or hedged or leading or CALCULATION.match(clean, numbers[0].end()):
         return span if match["hash"] or numbers else None
-    return numbers[0]
+    return bare(numbers[0].group())
 
 
 def after_marker_value(value: str) -> str | None:
     leading = NUMBER.match(value)
     if parse_number(value) is not None or leading is None:
         return value or None
-    return bare(leading.group()) if ENDS.match(value[len(leading.group().rstrip()) :]) else value
+    return bare(leading.group()) if alone(value, leading) else value
+
+
+def alone(clean: str, leading: re.Match[str]) -> bool:
+    """Whether the number with which the text begins ends at a word or at the end, and begins no calculation."""
+    rest = clean[len(leading.group().rstrip()) :]
+    return ENDS.match(rest) is not None and CALCULATION.match(rest) is None
 
 
 def bare(number: str) -> str:
@@ -102,9 +151,10 @@ def bare(number: str) -> str:
 
 def line_at(text: str, start: int) -> str:
     """The rest of the line, or the next line when the rest is empty; at most MAX_SPAN characters, more is no answer."""
-    part = text[start : start + MAX_SPAN + 1].lstrip(" \t:*\r\n")
-    line = part.split("\n", 1)[0].replace("**", "").strip()
-    return "" if len(line) > MAX_SPAN else line
+    part = text[start : start + MAX_SPAN + 1]
+    bullet = BULLET.match(part)
+    line, newline, _ = (part[bullet.end() :] if bullet else part.lstrip(" \t:*\r\n")).partition("\n")
+    return BOLD.sub("", line).strip() if newline or len(part) <= MAX_SPAN else ""
 
 
 def boxed(text: str, start: int) -> str | None:
@@ -117,19 +167,38 @@ def boxed(text: str, start: int) -> str | None:
     return None
 
 
-def tidy(span: str) -> str:
-    """One way of writing: no LaTeX or markdown dress, ASCII digits, signs and slashes."""
-    span = VULGAR.sub(lambda found: " " + unicodedata.normalize("NFKC", found[1]), span[: MAX_SPAN * 2])
+def plain(span: str) -> str:
+    """ASCII digits, signs and slashes, and no characters that do not show."""
+    span = INVISIBLE.sub("", span)
+    if span.isascii():
+        return span
+    span = VULGAR.sub(lambda found: " " + unicodedata.normalize("NFKC", found[1]), span)
     span = SUPERSCRIPT.sub(lambda found: "^" + found.group().translate(SUPERSCRIPTS), span)
-    span = unicodedata.normalize("NFKC", span).replace("⁄", "/")
-    span = re.sub(r"[−–‐‑‒﹣]", "-", span)
+    span = unicodedata.normalize("NFKC", span).replace("⁄", "/").replace("’", "'")
+    span = "".join(str(unicodedata.decimal(char, char)) for char in span)
+    span = re.sub(r"√\s?\(?([0-9]{1,12})\)?", r"\\sqrt{\1}", span)
+    return re.sub(r"[−–‐‑‒﹣]", "-", span)
+
+
+def tidy(span: str) -> str:
+    """One way of writing: plain, without the dress of LaTeX, HTML and markdown."""
+    if span.isascii() and not DRESSED.search(span):
+        return span.strip()
+    span = POWER.sub("^", plain(span[: MAX_SPAN * 2]))
+    span = re.sub(r"</?[a-z]{1,10}\s?/?>|(?<![0-9_])_{1,2}|_{1,2}(?![0-9_])|\^\s?\{?\\circ\}?", "", span, flags=re.IGNORECASE)
     span = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s?\{([^{}]*)\}", r" \1", span)
-    span = re.sub(r"\\[,;!: ]|\\left|\\right|~|\{,\}", lambda found: "," if found.group() == "{,}" else "", span)
+    span = re.sub(r"\\\\|\\[,;!: ]|\\left|\\right|~|\{,\}", lambda found: "," if found.group() == "{,}" else "", span)
     span = span.replace("\\$", "$").replace("\\%", "%")
-    span = re.sub(r"\\[()\[\]]|[`*]{1,2}(?![0-9(\s])|(?<![0-9)\s])[`*]{1,2}|^\$(?=.*[^0-9.,]\$\W*$|\d+\$\W*$)", "", span)
-    span = re.sub(r"\\times", "x", span)
+    span = re.sub(
+        r"\\[()\[\]]|(?<!\s)[`*]{1,2}(?![0-9(\s])|[`*]{1,2}(?=[^0-9(\s])|(?<![0-9)\s])[`*]{1,2}|^\$(?=.*[^0-9.,]\$\W*$|\d+\$\W*$)",
+        "",
+        span,
+    )
+    span = re.sub(r" {2,}", " ", re.sub(r"\\times|×", "*", span).replace("÷", "/")).strip()
     span = re.sub(r"10\^\{(-?[0-9]{1,4})\}", r"10^\1", span)
-    span = re.sub(r"^(-?)\s?\\[dt]?frac\s?\{(-?[0-9]{1,30})\}\s?\{([0-9]{1,30})\}", r"\1\2/\3", span.strip())
+    span = re.sub(r"^(-?)\s?\\[dt]?frac\s?\{(-?[0-9]{1,30})\}\s?\{([0-9]{1,30})\}", r"\1\2/\3", span)
+    span = re.sub(r"^(?:minus|negative)\s+(?=[$0-9])", "-", re.sub(r"^(?:\\approx|≈)\s*", "", span), flags=re.IGNORECASE)
+    span = re.sub(r"^([0-9]{1,9}) and (?=[0-9]{1,9}\s?/\s?[0-9])", r"\1 ", span)
     return re.sub(r"^([0-9]{1,9})\s?\\[dt]?frac\s?\{([0-9]{1,9})\}\s?\{([0-9]{1,9})\}", r"\1 \2/\3", span)
 
 
@@ -164,6 +233,8 @@ def value_of(body: str) -> Fraction | None:
     """Value of an unsigned number without currency; None when it is too long or divides by zero."""
     if sum(char.isdigit() for char in body) > MAX_DIGITS:
         return None
+    if body.isdecimal():
+        return Fraction(int(body))
     if "/" in body:
         top, bottom = (part.strip() for part in body.split("/"))
         whole, top = re.split(r"[ -]", top) if re.search(r"[ -]", top) else ("0", top)
@@ -175,7 +246,8 @@ def value_of(body: str) -> Fraction | None:
         if abs(power) > MAX_EXPONENT:
             return None
     body = re.sub(r"[,_'\s]", "", body)
-    return Fraction(body if not body.endswith(".") else body[:-1]) * Fraction(10) ** power
+    value = Fraction(body if not body.endswith(".") else body[:-1])
+    return value * Fraction(10) ** power if power else value
 
 
 def is_right(text_or_solution: str, gold: str) -> bool:
@@ -183,26 +255,40 @@ def is_right(text_or_solution: str, gold: str) -> bool:
 
     Numbers are compared exactly. A percentage against a bare number may mean either 25 or 1/4.
     """
-    answer, target = extract_answer(text_or_solution), extract_answer(gold)
+    answer, (target, theirs) = extract_answer(text_or_solution), _gold(gold)
     if answer is None or target is None:
         return False
-    mine, theirs = read_number(answer), read_number(target)
+    mine = read_number(answer)
     if mine and theirs:
         if mine[1] == theirs[1]:
             return mine[0] == theirs[0]
         part, bare = (mine[0], theirs[0]) if mine[1] else (theirs[0], mine[0])
         return bare in (part, part / 100)
-    decimal_comma = re.compile(r"-?[$€£]?(?:[0-9]{1,3}(?:\.[0-9]{3})*|0),([0-9]{1,2}|(?<=0,)[0-9]+)(?:[^0-9,.].*)?")
-    if theirs and decimal_comma.fullmatch(tidy(answer)):
-        european = read_number(tidy(answer).replace(".", "").replace(",", "."))
+    clean = tidy(answer)
+    if theirs and EUROPEAN.fullmatch(clean):
+        european = read_number(re.sub(r"(?<=[0-9])[. '](?=[0-9]{3})", "", clean).replace(",", "."))
         return european is not None and european[0] == theirs[0]
-    return same_expression(tidy(answer), tidy(target))
+    return same_expression(clean, tidy(target))
+
+
+@lru_cache(maxsize=1024)  # a gold answer is compared with many solutions
+def _gold(gold: str) -> tuple[str | None, tuple[Fraction, bool] | None]:
+    target = stated_answer(gold)
+    return target, None if target is None else read_number(target)
 
 
 def strict(clean: str) -> bool:
     """The span may be given to Math-Verify: short, and of the few characters that a closed expression needs."""
     longest = max((len(run) for run in re.findall(r"[0-9]+", clean)), default=0)
-    return STRICT.fullmatch(clean) is not None and 0 < longest <= 12 and "**" not in clean
+    return STRICT.fullmatch(clean) is not None and 0 < longest <= 12 and not BROKEN.search(clean.strip()) and balanced(clean)
+
+
+def balanced(clean: str) -> bool:
+    for _ in range(MAX_DEPTH):
+        clean, found = re.subn(r"\([^(){}]*\)|\{[^(){}]*\}", "", clean)
+        if not found:
+            break
+    return not re.search(r"[(){}]", clean)
 
 
 def same_expression(answer: str, gold: str) -> bool:
@@ -224,7 +310,7 @@ def same_expression(answer: str, gold: str) -> bool:
 
 def gold_number(text: str) -> Fraction:
     """The number of a gold answer or gold solution. Raises ValueError when it holds none."""
-    answer = extract_answer(text)
+    answer = stated_answer(text)
     value = parse_number(answer) if answer is not None else None
     if value is None:
         raise ValueError(f"the gold answer holds no number: {text[-80:]!r}")

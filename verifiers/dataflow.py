@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from itertools import combinations
 
 from verifiers.arithmetic import Checked, Equation, checked_equations, open_expressions
@@ -33,6 +34,26 @@ class Operation:
 
     def values(self) -> Counter[Fraction]:
         return Counter(abs(node.value) for node in self.operands if node.value is not None)
+
+
+@dataclass(frozen=True)
+class Gold:
+    """A gold solution's calculations and what can be reached with them."""
+
+    operations: tuple[Operation, ...]
+    reach: frozenset[Fraction]
+    """Values that it reaches, or would reach in another order or with its steps merged or split, and numbers it starts from."""
+    direct: frozenset[Fraction]
+    """Those that it computes as it stands."""
+
+
+@lru_cache(maxsize=512)  # a problem has many solutions
+def gold_of(solution: str) -> Gold:
+    found = tuple(operations(solution))
+    trees = [one.checked.left for one in found if one.checked.left is not None]
+    direct = {one.result for one in found} | {node.value for tree in trees for node in branches(tree) if node.value is not None}
+    written = {abs(node.value) for one in found for node in one.operands if node.value is not None}
+    return Gold(found, reachable(found) | written, frozenset(direct))
 
 
 def operations(text: str) -> list[Operation]:
@@ -114,7 +135,7 @@ def product_factors(node: Node, power: int, known: dict[Fraction, list[tuple[Fra
 
 def first_deviation(
     mine: Sequence[Operation],
-    gold: Sequence[Operation],
+    gold: Gold,
     answer: Fraction | None,
     source: Source | None = None,
     *,
@@ -125,11 +146,10 @@ def first_deviation(
     Among several, one that feeds the answer goes before an idle side calculation, which does no harm with
     `idle_ok`: the answer is right. None when gold computes nothing.
     """
-    if not gold and source is None:
+    if not gold.operations and source is None:
         return None
-    reach = source.reach if source else reachable(gold)
-    good = [not gold or operation.result in reach for operation in mine]
-    for at in _repeated(mine, gold):
+    good = [not gold.operations or operation.result in gold.reach for operation in mine]
+    for at in (*_repeated(mine, gold), *_astray_later(mine, gold)):
         good[at] = False
     sound = _sound(mine, source) if source else [True] * len(mine)
     fine, feeding = [False] * len(mine), [False] * len(mine)
@@ -140,7 +160,7 @@ def first_deviation(
         fine[at] = sound[at] and (good[at] or operation.result in needed)
         feeding[at] = operation.result in wanted
         if fine[at]:
-            needed |= set(operation.values()) - (source.given if source else set())
+            needed |= set(operation.values()) - (source.given if source else frozenset())
         if feeding[at]:
             wanted |= set(operation.values())
     astray = [at for at in range(len(mine)) if not fine[at]]
@@ -148,13 +168,27 @@ def first_deviation(
     return None if first is None else mine[first]
 
 
-def _repeated(mine: Sequence[Operation], gold: Sequence[Operation]) -> Iterator[int]:
+def _repeated(mine: Sequence[Operation], gold: Gold) -> Iterator[int]:
     """Operations that reach, from other numbers, a value that was reached before and that gold reaches once."""
-    once = {value for value, count in Counter(operation.result for operation in gold).items() if count == 1}
+    once = {value for value, count in Counter(operation.result for operation in gold.operations).items() if count == 1}
     first: dict[Fraction, Counter[Fraction]] = {}
     for at, operation in enumerate(mine):
         before = first.setdefault(operation.result, operation.values())
         if operation.result in once and not before & operation.values():
+            yield at
+
+
+def _astray_later(mine: Sequence[Operation], gold: Gold) -> Iterator[int]:
+    """Operations whose result gold reaches only by another order, and from which no later one comes back to a result of gold.
+
+    `3 + 4 = 7` for `16 - 3 - 4 = 9` is right when `16 - 7 = 9` follows, and chance when nothing does.
+    """
+    returning: set[Fraction] = set()  # operands of later operations that come back
+    for at in range(len(mine) - 1, -1, -1):
+        operation = mine[at]
+        if operation.result in gold.direct or operation.result in returning:
+            returning |= set(operation.values())
+        elif gold.operations:
             yield at
 
 
@@ -166,13 +200,13 @@ class Source:
     """The solution."""
     given: frozenset[Fraction]
     """Quantities of the question, and what stands for them."""
-    reach: frozenset[Fraction]
-    """What the gold solution reaches, and the numbers it starts from."""
+    known: frozenset[Fraction]
+    """These, and what the gold solution reaches."""
 
     @staticmethod
-    def of(text: str, question: str, gold: Sequence[Operation]) -> Source:
-        written = {abs(node.value) for one in gold for node in one.operands if node.value is not None}
-        return Source(text, frozenset(given(question)), reachable(gold) | written)
+    def of(text: str, question: str, gold: Gold) -> Source:
+        asked = given(question)
+        return Source(text, asked, asked | gold.reach)
 
     def near(self, start: int, end: int) -> str:
         """The line around a place, at most NEAR characters either side."""
@@ -183,7 +217,7 @@ class Source:
 
 def _sound(mine: Sequence[Operation], source: Source) -> list[bool]:
     """Whether every operand of an operation is known where it stands: given, reached by gold, an earlier result, or a fact."""
-    known = set(source.given | source.reach)
+    known = set(source.known)
     sound = []
     for operation in mine:
         equation = operation.checked.equation

@@ -6,13 +6,13 @@ Called by the judge stage. It compares with the gold solution symbolically; it k
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from verifiers.answers import extract_answer, is_right, parse_number
 from verifiers.arithmetic import Checked, read
-from verifiers.dataflow import Operation, Source, closest, first_deviation, operations
+from verifiers.dataflow import Operation, Source, closest, first_deviation, gold_of, operations
 from verifiers.expressions import Node, branches, leaves, tokens
 from verifiers.phrases import left_side
 from verifiers.quantities import foreign
@@ -28,7 +28,7 @@ class FirstError:
     """first character of the wrong decision in the solution"""
     end: int
     kind: str
-    """arithmetic, copy, quantity, operand, operator, result, expression, answer or step"""
+    """arithmetic, copy, quantity, operand, operator, result, expression, answer or step; choice or rollouts elsewhere"""
     evidence: str
 
 
@@ -40,6 +40,8 @@ class Verdict:
     answer: str | None
     steps: tuple[Step, ...]
     error: FirstError | None
+    later: tuple[tuple[int, int], ...] = ()
+    """Characters of further false results behind the first error; what else stands there is right, given the first error."""
 
 
 def judge(solution: str, gold_solution: str, gold_answer: str, question: str = "", *, regardless: bool = False) -> Verdict:
@@ -52,27 +54,29 @@ def judge(solution: str, gold_solution: str, gold_answer: str, question: str = "
     steps = tuple(split_steps(solution))
     correct = is_right(solution, gold_answer)
     mine = operations(solution)
-    slip = false_equation(solution, steps, mine)
+    false = list(slips(solution, steps, mine))
+    slip = false[0] if false else None
     if not steps or correct and not regardless:
         return Verdict(correct, answer, steps, slip if slip and slip.kind == "arithmetic" else None)
     reached = parse_number(answer) if answer is not None else None
     before_slip = [one for one in mine if slip is None or one.checked.equation.end <= slip.start]
-    gold = operations(gold_solution)
+    gold = gold_of(gold_solution)
     source = Source.of(solution, question, gold) if question else None
     stray = first_deviation(before_slip if slip else mine, gold, None if slip else reached, source, idle_ok=correct)
-    error = deviation(solution, steps, stray, before_slip, gold) if stray else slip
+    error = deviation(solution, steps, stray, before_slip, gold.operations) if stray else slip
     if source and (misquoted := foreign_quantity(steps, mine, source, error)):
         error = misquoted
     if error is None and not correct:
         error = ending(solution, steps, mine, answer, gold_answer)
-    return Verdict(correct, answer, steps, error)
+    later = tuple((one.start, one.end) for one in false if error and one.start >= error.end)
+    return Verdict(correct, answer, steps, error, later)
 
 
 def foreign_quantity(
     steps: Sequence[Step], mine: Sequence[Operation], source: Source, error: FirstError | None
 ) -> FirstError | None:
     """A quantity in the words before `error` that neither the question nor the gold solution nor a calculation gives."""
-    known = set(source.given | source.reach)
+    known = set(source.known)
     spans = [(one.checked.equation.start, one.checked.equation.end) for one in mine]
     at = 0
     for step in steps:
@@ -93,20 +97,20 @@ def foreign_quantity(
     return None
 
 
-def false_equation(solution: str, steps: Sequence[Step], mine: Sequence[Operation]) -> FirstError | None:
-    """The first equation that does not hold, or the first result that is written differently behind its `<<...>>`."""
+def slips(solution: str, steps: Sequence[Step], mine: Sequence[Operation]) -> Iterator[FirstError]:
+    """Equations that do not hold, and results that are written differently behind their `<<...>>`."""
     for operation in mine:
         equation = operation.checked.equation
         if equation.verdict == "false" and equation.left is not None:
             claim = solution[equation.left_start : equation.left_end].strip()
             written = solution[equation.right_start : equation.right_end].strip()
             evidence = f"{claim} is {show(equation.left)}, not {written}"
-            return located(steps, equation.right_start, equation.right_end, "arithmetic", evidence)
+            yield located(steps, equation.right_start, equation.right_end, "arithmetic", evidence)
+            continue
         copied = copied_number(solution, operation.checked)
         if copied and copied.value != operation.result:
             evidence = f"the result {show(operation.result)} is written as {solution[copied.start : copied.end]}"
-            return located(steps, copied.start, copied.end, "copy", evidence)
-    return None
+            yield located(steps, copied.start, copied.end, "copy", evidence)
 
 
 def copied_number(solution: str, checked: Checked) -> Node | None:

@@ -6,7 +6,7 @@ an unknown makes the side unreadable. Called by `verifiers.arithmetic` alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from verifiers.expressions import MAX_UNIT_WORDS, SCALES, SYMBOLS, WORD_OPERATORS, Token
 
@@ -71,18 +71,18 @@ class Reader:
             case "word" | "text":
                 return self.word(at, token, before)
             case _:
-                self.out.append(replace(token, kind="bad")) if token.text == "!" and before else self.add_break()
+                self.out.append(token._replace(kind="bad")) if token.text == "!" and before else self.add_break()
         return 1
 
     def operand(self, at: int, token: Token, before: bool) -> None:
-        token = replace(token, kind="num") if token.kind == "vulgar" else token
+        token = token._replace(kind="num") if token.kind == "vulgar" else token
         if before:
             if token.text == "{" and self.out[-1].text == "}":
                 self.out.append(token)  # the second argument of a LaTeX fraction
                 return
             last, spaced = self.out[-1], self.items[at - 1].spaced
             if last.kind == "num" and not last.unit and self.is_fraction(at, token) and last.text.isdigit():
-                self.out.append(replace(token, kind="op", text="mixed+"))
+                self.out.append(token._replace(kind="op", text="mixed+"))
             elif not last.unit and (token.kind == "lpar" and not spaced or last.kind == "rpar" and token.kind != "frac"):
                 self.out.append(Token("op", "implicit*", token.start, token.start))
             else:
@@ -111,11 +111,11 @@ class Reader:
         follows = self.kind_at(at + 1) in ("num", "lpar") or self.kind_at(at + 1) == "op" and token.text == "^"
         if token.text == "**" and not (before and follows and token.spaced == self.items[at - 1].spaced):
             return  # bold face
-        self.out.append(token if before else replace(token, kind="bad"))
+        self.out.append(token if before else token._replace(kind="bad"))
 
     def operator(self, at: int, token: Token, before: bool) -> int:
         text = SYMBOLS.get(token.text, token.text)
-        token = replace(token, text=text)
+        token = token._replace(text=text)
         next_kind = self.kind_at(at + 1)
         if before and next_kind in ("word", "text"):
             word = self.items[at + 1]
@@ -127,7 +127,7 @@ class Reader:
             if bullet or (text in "*/" and not self.after_word):
                 return 1
             if self.after_word and (text != "-" or token.spaced or not self.items[at - 1].spaced):
-                token = replace(token, kind="bad")
+                token = token._replace(kind="bad")
         self.out.append(token)
         return 1
 
@@ -139,12 +139,12 @@ class Reader:
             op = ("/" if lower == "divided" else "*") if pair else WORD_OPERATORS.get(token.text, "")
             share = lower == "of" and bool(self.out) and bool(self.out[-1].unit)  # `$300 for a total of 500+300`
             if before and op and not share and self.kind_at(at + used) in OPENERS:
-                self.out.append(replace(token, kind="op", text=op))
+                self.out.append(token._replace(kind="op", text=op))
                 return used
         if not before:
             inside = bool(self.out) and self.out[-1].kind in ("op", "pow", "lpar", "bad")
             if inside and self.out[-1].kind != "lpar":
-                self.out.append(replace(token, kind="bad"))
+                self.out.append(token._replace(kind="bad"))
             else:
                 self.add_break(after_word=True)
             return 1
@@ -153,13 +153,13 @@ class Reader:
             self.label = True
             return 1
         if token.text in SCALES and last.kind == "num" and not last.unit and last.scale == 1:
-            self.out[-1] = replace(last, scale=SCALES[token.text])
+            self.out[-1] = last._replace(scale=SCALES[token.text])
         else:
             self.unit_words += 1
             if self.unit_words > MAX_UNIT_WORDS:
                 self.add_break(after_word=True)
             else:
-                self.out[-1] = replace(last, unit=f"{last.unit} {lower if len(lower) > 1 else token.text}".strip())
+                self.out[-1] = last._replace(unit=f"{last.unit} {lower if len(lower) > 1 else token.text}".strip())
         return 1
 
 

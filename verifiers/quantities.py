@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 MAX_TEXT = 20_000  # characters that are searched
 MAX_MENTIONS = 2_000
@@ -121,7 +122,8 @@ def _cardinal(word: str) -> int:
     return TENS[tens] + CARDINALS.get(unit, 0) if tens in TENS else CARDINALS[tens]
 
 
-def given(question: str) -> set[Fraction]:
+@lru_cache(maxsize=512)  # a problem has many solutions
+def given(question: str) -> frozenset[Fraction]:
     """What a solution may take from the question: its quantities, their percentages and complements, parts of its fractions."""
     percent = "%" in question or "percent" in question
     values = {Fraction(100)} if percent else set()
@@ -133,7 +135,7 @@ def given(question: str) -> set[Fraction]:
             values |= {Fraction(value.denominator - value.numerator), 1 / value}
         if mention.percent or value.denominator == 1 and value <= 100 and percent:
             values |= {value / 100, 100 - value, 100 + value, 1 - value / 100, 1 + value / 100}
-    return values
+    return frozenset(values)
 
 
 def foreign(text: str, start: int, end: int, known: Iterable[Fraction], skip: Iterable[tuple[int, int]]) -> Mention | None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 MAX_STEPS = 1000  # the last one takes what is left
 
-FINAL = re.compile(r"(?:^|(?<=\n)|(?<=[.!?]\ ))[ \t*]*(?:\#{4}|A:|\**(?:Final )?[Aa]nswer:)[^\n]*", re.VERBOSE)
+FINAL = re.compile(r"(?:^|(?<=\n)|(?<=[.!?]\ ))[ \t*]*+(?:\#{4}|A:|(?:Final\ )?[Aa]nswer:)[^\n]*", re.VERBOSE)
 SENTENCE_END = re.compile(r"[.!?;][\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9$€£\\<(])")
-ENUMERATOR = re.compile(r"\s+(?=Step\s+[0-9]{1,2}\s*[:.)-])|(?<=[.!?;:])\s+(?=\(?[0-9]{1,2}[.)]\s+[A-Z$])")
+ENUMERATOR = re.compile(r"(?<!\s)\s++(?=Step\s+[0-9]{1,2}\s*[:.)-])|(?<=[.!?;:])\s++(?=\(?[0-9]{1,2}[.)]\s+[A-Z$])")
 ONLY_ENUMERATOR = re.compile(r"(?:Step\s+)?\(?[0-9]{1,2}[.):]?$")
 ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Jr|Sr|No|vs|etc|approx)|\b[A-Za-z]\.[A-Za-z]|\b[A-Z])\.$")
 

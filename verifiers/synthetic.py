@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 from pipeline.tasks.families import BY_NAME
@@ -18,6 +19,8 @@ _CHOICE = re.compile(r"Try (\d{1,4}) ")
 class SyntheticJudge(TaskJudge):
     """Hindsight problems by their right choice; forward ones like any calculation."""
 
+    exact = True
+
     def judge(self, problem: Problem, solution: str) -> Verdict:
         verdict = super().judge(problem, solution)
         if verdict.correct:
@@ -28,7 +31,7 @@ class SyntheticJudge(TaskJudge):
         step = solution.count("\n", 0, choice.start(1))
         evidence = f"{choice[1]} does not fit: {attempt_text(problem, int(choice[1])).splitlines()[-1]}"
         error = FirstError(step, choice.start(1), choice.end(1), "choice", evidence)
-        return Verdict(verdict.correct, verdict.answer, verdict.steps, error)
+        return replace(verdict, error=error)
 
     def attempt(self, problem: Problem, solution: str, verdict: Verdict) -> Attempt | None:
         error = verdict.error
@@ -38,11 +41,11 @@ class SyntheticJudge(TaskJudge):
         text = attempt_text(problem, int(solution[error.start : error.end]))
         return Attempt(step, start, text, ((error.start - start, error.end - start),), own.startswith(text))
 
-    def right_state(self, problem: Problem, step: int) -> str | None:
-        lines = problem.solution.split("\n")
-        if problem.hindsight and step < len(lines) and (choice := _CHOICE.match(lines[step])):
-            return "\n".join([*lines[:step], attempt_text(problem, int(choice[1]))])
-        return super().right_state(problem, step)
+    def right_state(self, problem: Problem, step: int, lines: int = 1) -> str | None:
+        gold = problem.solution.split("\n")
+        if problem.hindsight and step < len(gold) and (choice := _CHOICE.match(gold[step])):
+            return "\n".join([*gold[:step], attempt_text(problem, int(choice[1]))])  # a try's evidence stands within its line
+        return super().right_state(problem, step, lines)
 
     def state_is_wrong(self, problem: Problem, text: str) -> bool:
         # The number at which it stops may equal the answer by chance: a wrong choice stays wrong until an answer is given.

@@ -33,6 +33,9 @@ class Attempt:
 class TaskJudge:
     """Judges solutions by comparing them with the gold solution."""
 
+    exact = False
+    """Whether first errors are decided from what a problem was made of, so that sampling can add nothing."""
+
     def correct(self, problem: Problem, solution: str) -> bool:
         """Whether the solution ends right."""
         return is_right(solution, problem.answer)
@@ -55,10 +58,10 @@ class TaskJudge:
         wrong = (span, *((equation.right_start, equation.right_end) for equation in later))
         return Attempt(step, start, own, wrong, True)
 
-    def right_state(self, problem: Problem, step: int) -> str | None:
-        """The gold solution up to the place where the evidence of `step` stands; None beyond its end."""
-        lines = problem.solution.split("\n")
-        return "\n".join(lines[: step + 1]) if step < len(lines) else None
+    def right_state(self, problem: Problem, step: int, lines: int = 1) -> str | None:
+        """What stands in the gold solution where a wrong try of so many lines ends that began at `step`; None beyond its end."""
+        gold = problem.solution.split("\n")
+        return "\n".join(gold[: step + lines]) if step + lines <= len(gold) else None
 
     def state_is_wrong(self, problem: Problem, text: str) -> bool:
         """Whether an unfinished solution holds an error already: what decides if an undo there was spurious."""

@@ -207,8 +207,10 @@ def _cases(problems: Sequence[Problem], completions: Sequence[Completion], codec
     judged = judge_rows([(problem, text.text) for problem, text in zip(problems, texts, strict=True)])
     cases = []
     for problem, completion, one in zip(problems, completions, judged, strict=True):
-        right = judge_of(problem).right_state(problem, one.attempt.step) if one.attempt else None
-        if one.attempt is None or right is None:
+        if one.attempt is None:
+            continue
+        right = judge_of(problem).right_state(problem, one.attempt.step, one.attempt.text.count("\n") + 1)
+        if right is None:
             continue
         prompt = codec.prompt_ids(problem)
         verdict: Mapping[str, Any] = {

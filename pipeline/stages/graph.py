@@ -40,6 +40,22 @@ def _generation(settings: Settings) -> dict[str, Any]:
     return {"engine": engine, "longest": longest, "prompt": settings.base.prompt, "seed": settings.run.seed}
 
 
+def samples_prefixes(settings: Settings) -> bool:
+    """Whether the judge stage needs the model: the chosen method samples, or auto meets a task that no judge decides exactly."""
+    method = settings.judge.method
+    return method in ("rollouts", "combined") or method == "auto" and isinstance(settings.task, Gsm8kTask)
+
+
+def _judge_settings(settings: Settings) -> dict[str, Any]:
+    wanted: dict[str, Any] = {"token": settings.undo.token, "prompt": settings.base.prompt}
+    if not samples_prefixes(settings):
+        return wanted
+    sampling = settings.rollouts.model_dump(mode="json", include={"temperature", "top_p", "max_tokens"})
+    return (
+        wanted | _generation(settings) | {"judge": settings.judge.model_dump(mode="json", exclude={"batch"}), "sampling": sampling}
+    )
+
+
 STAGES: tuple[Stage, ...] = (
     Stage("problems", 2, lambda round: (), _problem_settings, per_round=False),
     Stage(
@@ -63,7 +79,7 @@ STAGES: tuple[Stage, ...] = (
         "judge",
         2,
         lambda round: (_PROBLEMS, _model(round), Input("rollouts", round, "rollouts")),
-        lambda s: {"token": s.undo.token, "prompt": s.base.prompt},
+        _judge_settings,
     ),
     Stage(
         "traces",
@@ -106,7 +122,11 @@ STAGES: tuple[Stage, ...] = (
         lambda round: (
             _PROBLEMS,
             Input("base", 0, "base"),
-            *(Input(f"{name}-{r}", r, name) for r in range(1, round + 1) for name in ("judge", "traces", "sft", "evaluate")),
+            *(
+                Input(f"{name}-{r}", r, name)
+                for r in range(1, round + 1)
+                for name in ("rollouts", "judge", "traces", "sft", "evaluate")
+            ),
         ),
         lambda s: {
             "report": s.report.model_dump(mode="json"),

@@ -7,10 +7,10 @@ from dataclasses import asdict
 
 from datasets import Features, Value
 
-from pipeline.config import Gsm8kTask
+from pipeline.config import CountdownTask, Gsm8kTask
 from pipeline.stages.io import write_rows
 from pipeline.stages.stage import Context, StageError
-from pipeline.tasks import gsm8k, synthetic
+from pipeline.tasks import countdown, gsm8k, synthetic
 from pipeline.tasks.problem import SPLITS, Problem, TaskError
 
 FEATURES = Features(
@@ -28,13 +28,15 @@ FEATURES = Features(
 
 
 def run(context: Context) -> None:
-    settings = context.settings
+    task, seed = context.settings.task, context.settings.run.seed
     with context.terminal.stage("problems", None) as progress:
         try:
-            if isinstance(settings.task, Gsm8kTask):
-                problems, skipped = gsm8k.load(settings.task, settings.run.seed)
+            if isinstance(task, Gsm8kTask):
+                problems, skipped = gsm8k.load(task, seed)
+            elif isinstance(task, CountdownTask):
+                problems, skipped = list(countdown.load(task, seed)), 0
             else:
-                problems, skipped = list(synthetic.load(settings.task, settings.run.seed)), 0
+                problems, skipped = list(synthetic.load(task, seed)), 0
         except TaskError as error:
             raise StageError(str(error)) from error
         progress.update(len(problems))

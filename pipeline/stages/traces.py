@@ -59,9 +59,10 @@ def run(context: Context) -> None:
     with context.terminal.stage("traces", None) as progress:
         rollouts = read_rows(context.inputs["rollouts"])
         right, wrong = _sort(zip(judged, rollouts, strict=True), problems, codec, dropped)
+        resampled = _resampled(judged, rollouts, codec)
         for (problem_id, prefix), tries in sorted(wrong.items()):
             problem = problems[problem_id]
-            source, correction = _correction(problem, prefix, right[problem_id], codec)
+            source, correction = _correction(problem, prefix, right[problem_id], resampled.get((problem_id, prefix)), codec)
             if correction is None:
                 dropped["no_correction"] += len(tries)
                 continue
@@ -104,6 +105,19 @@ def _sort(
     return right, wrong
 
 
+def _resampled(
+    judged: Iterable[Mapping[str, Any]], rollouts: Iterable[Mapping[str, Any]], codec: Codec
+) -> dict[tuple[str, tuple[int, ...]], tuple[int, ...]]:
+    """(problem, right prefix) -> a right completion of it that the judge sampled when it looked for the first error."""
+    found = {}
+    for verdict, rollout in zip(judged, rollouts, strict=True):
+        if verdict["continuation"] and verdict["try_start"] == verdict["steps"][verdict["error_step"]][0]:
+            text = codec.decode(rollout["token_ids"])
+            cut = token_span(text.offsets, verdict["try_start"], verdict["try_start"] + 1)[0]
+            found[verdict["problem"], text.ids[:cut]] = tuple(verdict["continuation"])
+    return found
+
+
 def locate(verdict: Mapping[str, Any], rollout: Mapping[str, Any], problem: Problem, codec: Codec) -> Located | None:
     """Cut a wrong rollout at its first error; None when a token spans the border of the wrong step."""
     text = codec.decode(rollout["token_ids"])
@@ -142,12 +156,18 @@ def _chains(tries: Sequence[Located], most: int, seed: str) -> list[list[Located
 
 
 def _correction(
-    problem: Problem, prefix: tuple[int, ...], right: Sequence[tuple[int, ...]], codec: Codec
+    problem: Problem,
+    prefix: tuple[int, ...],
+    right: Sequence[tuple[int, ...]],
+    resampled: tuple[int, ...] | None,
+    codec: Codec,
 ) -> tuple[str, tuple[int, ...] | None]:
-    """A right continuation of the prefix: of a right sibling, which keeps to the model's own words, else of the gold solution."""
+    """A right continuation of the prefix: the model's own words, of a right sibling or sampled anew, else the gold solution's."""
     for ids in right:
         if ids[: len(prefix)] == prefix:
             return "sibling", ids[len(prefix) :]
+    if resampled:
+        return "resampled", resampled
     lines = problem.solution.split("\n")
     done = codec.decode(prefix).text
     at = _aligned(lines, done)

@@ -7,7 +7,6 @@ Problems are put into train, dev or test by a hash of their numbers, so that no 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Iterator
@@ -15,9 +14,8 @@ from types import SimpleNamespace
 
 from pipeline.config import SyntheticTask
 from pipeline.tasks.families import FAMILIES, Family
-from pipeline.tasks.problem import Problem, TaskError
+from pipeline.tasks.problem import Problem, TaskError, split_of
 
-_DEV_SHARE, _TEST_SHARE = 0.15, 0.15  # of the number space of each family, not of the problems asked for
 _TRIES_PER_PROBLEM = 400
 
 
@@ -51,7 +49,7 @@ def _sample(family: Family, split: str, size: int, task: SyntheticTask, seed: in
         core = json.dumps(params["core"])
         numbers = core + json.dumps(params.get("extra", []))
         # Out-of-distribution problems may share a core with others: they differ from all of them by their steps.
-        if numbers in seen or (split != "ood" and _split_of(core) != split):
+        if numbers in seen or (split != "ood" and split_of(core) != split):
             continue
         if split == "ood" and family.hindsight and not params["extra"]:
             continue  # so few steps are asked for that it would be no longer than a training problem
@@ -72,10 +70,3 @@ def _sample(family: Family, split: str, size: int, task: SyntheticTask, seed: in
             f"task.{split}: family {family.name} has fewer than {size} different problems of {fewest}-{most} steps; "
             f"lower task.{split} or widen task.{'ood_steps' if split == 'ood' else 'steps'}"
         )
-
-
-def _split_of(core: str) -> str:
-    place = int.from_bytes(hashlib.sha256(core.encode()).digest()[:8], "big") / 2**64
-    if place < _DEV_SHARE:
-        return "dev"
-    return "test" if place < _DEV_SHARE + _TEST_SHARE else "train"

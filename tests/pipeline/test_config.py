@@ -51,7 +51,9 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
         ("synthetic: 1", [], f"synthetic (set in FILE): no such key; known here: {SECTIONS}"),
         ("task: {name: gsm8k, steps: [2, 3]}", [], "task.steps (set in FILE): no such key; known here: name, train_file"),
         ("task: {train: 80}", ["task.name=gsm8k"], "task.train (set in FILE): no such key; known here: name, train_file"),
-        ("task: {name: sums}", [], "task (set in FILE): name must be 'synthetic', 'gsm8k', not 'sums'"),
+        ("task: {name: sums}", [], "task (set in FILE): name must be 'synthetic', 'gsm8k', 'countdown', not 'sums'"),
+        ("task: {name: countdown, steps: [2, 3]}", [], "task.steps (set in FILE): no such key; known here: name, train, dev"),
+        ("task: {gsm8k: 1}", [], "task.gsm8k (set in FILE): no such key; known here: name, train, dev, test, ood, families"),
         ("1: 2", [], "1 (set in FILE): Keys should be strings"),
         # wrong types
         ("run: {seed: 1.5}", [], "run.seed (set in FILE): should be a valid integer, not 1.5"),
@@ -68,6 +70,8 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
         ("base: {prompt: hello}", [], "base.prompt (set in FILE): must hold {question} exactly once, not 'hello'"),
         ("base: {scratch: {width: 100}}", [], "base.scratch (set in FILE): width must be a multiple of 2 x heads (8), is 100"),
         ("task: {steps: [9, 3]}", [], "task (set in FILE): steps must be [fewest, most]"),
+        ("task: {name: countdown, numbers: 2}", [], "task.numbers (set in FILE): should be greater than or equal to 3, not 2"),
+        ("task: {name: countdown, ood_numbers: 4}", [], "task (set in FILE): ood_numbers must be above numbers, 4, is 4"),
         ("task: {ood_steps: [3, 4]}", [], "task (set in FILE): ood_steps must begin above the most steps of training, 4"),
     ],
 )
@@ -220,8 +224,8 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    both = [*keys(Settings()), *keys(Settings.model_validate({"task": {"name": "gsm8k"}}))]
-    for key, value in both:
+    others = [Settings.model_validate({"task": {"name": name}}) for name in ("gsm8k", "countdown")]
+    for key, value in [pair for settings in (Settings(), *others) for pair in keys(settings)]:
         mine = [line for line in lines if line.split("=")[0].split("  ")[0] == key]
         assert mine, key
         default = "null" if value is None else str(value)

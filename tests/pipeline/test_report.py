@@ -36,7 +36,7 @@ from pipeline.report import (
     tabulate,
     visible,
 )
-from pipeline.stages import evaluate, judge, problems, traces
+from pipeline.stages import evaluate, judge, problems, rollouts, traces
 from pipeline.stages import report as stage
 from pipeline.stages.base import train_tokenizer
 from pipeline.stages.io import Codec, write_json, write_rows
@@ -324,7 +324,8 @@ def stage_inputs(folder: Path, settings: Settings) -> dict[str, Path]:
     judged = [
         dict.fromkeys(judge.FEATURES, "")
         | {"id": f"{family}#{i}", "problem": f"made/train/{family}", "correct": i == 0, "try_start": start, "steps": []}
-        | {"error_step": -1, "error_chars": [-1, -1], "error_tokens": [-1, -1], "try_wrong": [], "try_own": False}
+        | {"error_step": min(start, 0), "error_chars": [-1, -1] if start < 0 else [0, 8], "error_tokens": [-1, -1]}
+        | {"try_wrong": [], "try_own": False, "later_errors": [], "continuation": [], "error_kind": "choice", "method": "exact"}
         for family in QUESTIONS
         for i, start in enumerate((-1, 0, 0, -1))
     ]
@@ -332,6 +333,16 @@ def stage_inputs(folder: Path, settings: Settings) -> dict[str, Path]:
         {"problem": "made/train/boxes", "family": "boxes", "source": source, "correction": "gold", "rollouts": used}
         | {"errors": len(used), "difficulty": 3, "input_ids": [1], "roles": [0], "labels": [-100]}
         for source, used in (("self", ["boxes#1"]), ("clean", []))
+    ]
+    sampled = [
+        {
+            "id": row["id"],
+            "problem": row["problem"],
+            "prompt_ids": [1],
+            "token_ids": codec.encode(WRITTEN[row["id"].split("#")[0]][0]),
+        }
+        | {"logprobs": [], "finish": "stop", "version": ""}
+        for row in judged
     ]
     done = []
     for row in evaluated(each=1):
@@ -343,6 +354,7 @@ def stage_inputs(folder: Path, settings: Settings) -> dict[str, Path]:
     found = {
         "problems": rows("problems", known, problems.FEATURES),
         "base": base,
+        "rollouts-1": rows("rollouts", sampled, rollouts.FEATURES),
         "judge-1": rows("judge", judged, judge.FEATURES),
         "traces-1": rows("traces", made, traces.FEATURES),
         "sft-1": folder / "sft",
@@ -410,6 +422,13 @@ class TestStage:
         }
         made = {"traces": 1, "clean rows": 1, "source self": 1, "correction gold": 1, "1 error": 1}
         assert tables["round 1: training rows"] == made
+
+    def test_first_errors_are_marked_and_counted_by_step(self, written: tuple[Path, dict[str, int]]) -> None:
+        html = (written[0] / "out" / "report.html").read_text()
+        assert html.count("<mark>") == 4 and "step 1: choice" in html
+        first = WRITTEN["boxes"][0]
+        assert f"<mark>{first[:8]}</mark>{first[8:].split('<')[0]}" in html
+        assert "round 1: first wrong step" in html and "round 1: kinds of first error, by method" in html
 
     def test_quota_is_even_and_fills_up_where_a_group_is_short(self) -> None:
         plenty = dict.fromkeys(stage.GROUPS, 1000)
