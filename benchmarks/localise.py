@@ -59,6 +59,7 @@ def measure(run: Path, most: int) -> int:
     from pipeline.config import EngineSettings, UndoSettings
     from pipeline.stages.io import Codec, read_problems
     from pipeline.stages.judge import _case
+    from verifiers.judge import judge
     from verifiers.localise import BinarySearch, PosteriorSearch, symbolic_prior
     from verifiers.task import TaskJudge
 
@@ -69,23 +70,25 @@ def measure(run: Path, most: int) -> int:
     wrong = wrong[:: max(1, len(wrong) // most)][:most]
     solve_rate = sum(judged["correct"]) / len(judged)
     generic = TaskJudge()
-    cases, verdicts, truth, mine = [], [], [], []
+    cases, verdicts, blind, truth, mine = [], [], [], [], []
     for i in wrong:
         problem = problems[judged[i]["problem"]]
         text = codec.decode(rollouts[i]["token_ids"])
         verdict = generic.judge(problem, text.text)
         cases.append(_case(rollouts[i]["id"], rollouts[i]["prompt_ids"], text, verdict))
         verdicts.append(verdict)
+        blind.append(judge(text.text, "", problem.answer))
         truth.append(judged[i]["error_step"] if problem.hindsight else first_other_line(problem.solution, text.text))
         mine.append(problem)
     engine = Engine(make_engine(run / "0" / "base", EngineSettings(), 416, 0))
     sampling = Sampling(1.0, 1.0, 160, codec.stop_id, (codec.rule.undo_id,))
     rows: list[tuple[str, list[int], int, float]] = []
-    rows.append(("symbolic", [verdict.error.step if verdict.error else -1 for verdict in verdicts], 0, 0.0))
-    for name in ("rollouts", "combined"):
+    for name, given in (("symbolic", verdicts), ("symbolic, no gold", blind)):
+        rows.append((name, [verdict.error.step if verdict.error else -1 for verdict in given], 0, 0.0))
+    for name, given in (("rollouts", verdicts), ("combined", verdicts), ("combined, no gold", blind)):
         searches = [
             BinarySearch(len(case.prefixes)) if name == "rollouts" else PosteriorSearch(symbolic_prior(verdict), solve_rate)
-            for case, verdict in zip(cases, verdicts, strict=True)
+            for case, verdict in zip(cases, given, strict=True)
         ]
         localiser = Localiser(
             engine,  # type: ignore[arg-type]
@@ -99,7 +102,7 @@ def measure(run: Path, most: int) -> int:
         found = localiser.locate(cases, searches)
         rows.append((name, [one.step for one in found], localiser.completions, time.perf_counter() - begun))
     print(f"{len(wrong)} wrong rollouts of {run}, {solve_rate:.2f} of all rollouts right, {SAMPLES} completions a prefix")
-    print(f"{'':12}{'exact':>8}{'within 1':>10}{'late':>8}{'early':>8}{'completions':>13}{'seconds':>9}")
+    print(f"{'':20}{'exact':>8}{'within 1':>10}{'late':>8}{'early':>8}{'completions':>13}{'seconds':>9}")
     figures: dict[str, float] = {"n": len(wrong)}
     for kind, chosen in (
         ("forward", [i for i, p in enumerate(mine) if not p.hindsight]),
@@ -111,8 +114,8 @@ def measure(run: Path, most: int) -> int:
             total = max(1, len(apart))
             exact, late = sum(d == 0 for d in apart) / total, sum(d > 0 for d in apart) / total
             within, early = sum(abs(d) <= 1 for d in apart) / total, sum(d < 0 for d in apart) / total
-            print(f"  {name:10}{exact:8.3f}{within:10.3f}{late:8.3f}{early:8.3f}{completions:13}{seconds:9.1f}")
-            figures[f"{kind}_{name}_exact"] = round(exact, 4)
+            print(f"  {name:18}{exact:8.3f}{within:10.3f}{late:8.3f}{early:8.3f}{completions:13}{seconds:9.1f}")
+            figures[f"{kind}_{name.replace(', ', '_').replace(' ', '_')}_exact"] = round(exact, 4)
     print(json.dumps({"benchmark": "localise", "figures": figures, "goals": {}, "ok": True}))
     return 0
 

@@ -116,6 +116,27 @@ def test_second_run_rebuilds_nothing(finished: tuple[Path, str]) -> None:
     assert "Ray is up" not in output
 
 
+def test_first_errors_by_rollouts(finished: tuple[Path, str]) -> None:
+    """Another method of the judge samples prefixes with the run's own model; only the judge is rebuilt here."""
+    folder = finished[0] / "other"
+    folder.mkdir()
+    subprocess.run(["cp", "-r", str(finished[0] / "smoke"), str(folder)], check=True)
+    output = run(folder, "--until", "judge", "judge.method=combined").stdout
+    assert states(output)["judge"] == "built" and states(output)["rollouts"] == "reused"
+    store = Store(folder / "smoke")
+    rows = load_from_disk(store.path(1, "judge"))
+    before = load_from_disk(Store(finished[0] / "smoke").path(1, "judge"))
+    assert set(before["method"]) == {"exact"}
+    assert {row["method"] for row in rows if not row["correct"]} == {"combined"}
+    assert any("completions of the first" in row["evidence"] for row in rows)
+    for row in rows:
+        if not row["correct"]:
+            assert 0 <= row["error_step"] < len(row["steps"])
+            start, end = row["steps"][row["error_step"]]
+            assert start <= row["error_chars"][0] < row["error_chars"][1] <= end
+    assert store.manifest(1, "judge").counts["completions"] > 0
+
+
 def test_a_second_round_trains_on_the_traces_of_both(finished: tuple[Path, str]) -> None:
     output = run(finished[0], "run.rounds=2").stdout
     assert re.findall(r"^ *(\d)  (\w+) +\S+ +\S+  built$", output, re.MULTILINE) == [

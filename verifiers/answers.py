@@ -85,6 +85,7 @@ def extract_answer(text: str) -> str | None:
 
     The last marker that is followed by an answer decides (`####`, `A:`, `the answer is`, a LaTeX box); without a marker,
     the last number of the text. Example: "#### $16.00 on ice cream after 60 days." gives "$16.00".
+    Numbers in words, and roman or hexadecimal ones, are not read.
     """
     for match in reversed(deque(MARKER.finditer(text), maxlen=MAX_MARKERS)):
         answer = after_marker(text, match)

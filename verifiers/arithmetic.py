@@ -21,7 +21,7 @@ MAX_TEXT = 200_000  # characters that are searched for equals signs
 ANNOTATION = re.compile(r"<<([^<>\n]{1,480})>>")
 EQUALS = re.compile(r"(?<![<>!=≠:])(==?|≈|\\approx(?![a-z])|\bequals\b)(?![=>])")
 LABEL = re.compile(r"(?i)[a-z]+ [0-9]{1,2}[ ]?[-–][ ]")
-TORN_BEFORE = re.compile(r"[0-9][,:.]$|[A-Za-z_0-9]$|[0-9)] +$|[0-9] and $")  # `6:00 + 18`, `D1 = 2`, `1 and 1/4`
+TORN_BEFORE = re.compile(r"(?:[0-9][,:.]|[A-Za-z_0-9]|[0-9)] +|[0-9] and )\Z")  # `6:00 + 18`, `D1 = 2`, `1 and 1/4`
 TORN_AFTER = re.compile(r"\.\.|:[0-9]|,[0-9]| and \(?[0-9]+/")
 
 HUNDREDTH = Fraction(1, 100)
