@@ -86,12 +86,13 @@ def checked_equations(text: str) -> list[Checked]:
     """As `equations`, with trees. A `<<a=b>>` is read for itself and cuts the prose around it."""
     found: list[Checked] = []
     for start, end, annotated, glued in regions(text[:MAX_TEXT]):
+        between: dict[int, list[Token]] = {}  # where a side begins -> its tokens: the right side of `=` is the left one of the next
         marks = list(EQUALS.finditer(text, start, end))[: MAX_EQUATIONS - len(found)]
         previous: Checked | None = None
         for at, mark in enumerate(marks):
             low = marks[at - 1].end() if at else start
             high = marks[at + 1].start() if at + 1 < len(marks) else end
-            one = check(text, low, mark, high, annotated, glued and at == 0, previous, at == 0)
+            one = check(text, low, mark, high, annotated, glued and at == 0, previous, at == 0, between)
             if one is not None:
                 found.append(one)
             previous = one
@@ -144,7 +145,15 @@ def regions(text: str) -> Iterator[tuple[int, int, bool, bool]]:
 
 
 def check(
-    text: str, low: int, mark: re.Match[str], high: int, annotated: bool, glued: bool, previous: Checked | None, first: bool
+    text: str,
+    low: int,
+    mark: re.Match[str],
+    high: int,
+    annotated: bool,
+    glued: bool,
+    previous: Checked | None,
+    first: bool,
+    between: dict[int, list[Token]],
 ) -> Checked | None:
     """The equation around one equals sign; None when there is nothing to check, as in `x = 5` or `1 hour = 60 minutes`."""
     cut_left, cut_right = mark.start() - low > MAX_SIDE, high - mark.end() > MAX_SIDE
@@ -152,8 +161,10 @@ def check(
     high = mark.end() + MAX_SIDE if cut_right else high
     line_start = first and (low == 0 or text[low - 1] == "\n")
     label = LABEL.match(text, low, mark.start()) if line_start else None
-    left_tokens = tokens(text, label.end() if label else low, mark.start())
+    left_tokens = between.pop(low) if low in between else tokens(text, label.end() if label else low, mark.start())
     right_tokens = tokens(text, mark.end(), high)
+    if not cut_right:
+        between[mark.end()] = right_tokens
     left_items = left_side(left_tokens, line_start)
     right_items = right_side(right_tokens)
     if not left_items or not right_items:
