@@ -127,10 +127,10 @@ def test_first_errors_by_rollouts(finished: tuple[Path, str]) -> None:
     rows = load_from_disk(store.path(1, "judge"))
     before = load_from_disk(Store(finished[0] / "smoke").path(1, "judge"))
     assert set(before["method"]) == {"exact"}
-    assert {row["method"] for row in rows if not row["correct"]} == {"combined"}
+    assert {row["method"] for row in rows if not row["correct"] and row["steps"]} == {"combined"}
     assert any("completions of the first" in row["evidence"] for row in rows)
     for row in rows:
-        if not row["correct"]:
+        if not row["correct"] and row["steps"]:
             assert 0 <= row["error_step"] < len(row["steps"])
             start, end = row["steps"][row["error_step"]]
             assert start <= row["error_chars"][0] < row["error_chars"][1] <= end

@@ -58,7 +58,7 @@ class Search(ABC):
 
 
 class BinarySearch(Search):
-    """Halves the steps: a prefix is right when any of its completions is (OmegaPRM, arXiv:2406.06592, section 3.2).
+    """Halves the steps: a prefix is right when any of its completions is (OmegaPRM, arXiv:2406.06592).
 
     The empty prefix counts as right and the whole solution as wrong, so about log2(steps) prefixes are asked for.
     """
