@@ -143,15 +143,16 @@ def first_deviation(
 ) -> Operation | None:
     """The first operation that gold never makes and that leads to nothing gold reaches, or that works on a foreign quantity.
 
-    Among several, one that feeds the answer goes before an idle side calculation, which does no harm with
-    `idle_ok`: the answer is right. None when gold computes nothing.
+    With `idle_ok` one that does not feed the answer does no harm: the answer is right. None when gold computes nothing.
     """
     if not gold.operations and source is None:
         return None
     good = [not gold.operations or operation.result in gold.reach for operation in mine]
-    for at in (*_repeated(mine, gold), *_astray_later(mine, gold)):
+    for at in _astray_later(mine, gold):
         good[at] = False
     sound = _sound(mine, source) if source else [True] * len(mine)
+    for at in _repeated(mine, gold):
+        sound[at] = False
     fine, feeding = [False] * len(mine), [False] * len(mine)
     wanted: set[Fraction] = set() if answer is None else {answer}
     needed: set[Fraction] = set()
@@ -163,9 +164,8 @@ def first_deviation(
             needed |= set(operation.values()) - (source.given if source else frozenset())
         if feeding[at]:
             wanted |= set(operation.values())
-    astray = [at for at in range(len(mine)) if not fine[at]]
-    first = next((at for at in astray if feeding[at]), astray[0] if astray and not idle_ok else None)
-    return None if first is None else mine[first]
+    astray = (at for at in range(len(mine)) if not fine[at] and (feeding[at] or not idle_ok))
+    return next((mine[at] for at in astray), None)
 
 
 def _repeated(mine: Sequence[Operation], gold: Gold) -> Iterator[int]:
