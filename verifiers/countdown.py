@@ -82,6 +82,23 @@ class CountdownJudge(TaskJudge):
         marked = tuple((start - wrong.start, end - wrong.start) for start, end in spans)
         return Attempt(wrong.index, wrong.start, "\n".join(line.text for line in tried), marked, True)
 
+    def continuation(self, problem: Problem, done: str) -> str | None:
+        """The gold solution where it begins like this, else the first way that the search finds, whole numbers first."""
+        if problem.solution.startswith(done):
+            return super().continuation(problem, done)
+        left, target = _core(problem)
+        for line in done.removesuffix("\n").split("\n"):
+            errors, after = _check(line, left, target, True)
+            if errors or not after or not done.endswith("\n"):
+                return None
+            left = after
+        lines = []
+        while len(left) > 1:
+            ways = [(head, after) for head, after in _moves(left) if reaches(after, target)]
+            head, left = min(ways, key=lambda way: (any(one.denominator > 1 or one < 0 for one in way[1]), way))
+            lines.append(head + _show(left))
+        return "\n".join([*lines, f"#### {target}"])
+
     def state_is_wrong(self, problem: Problem, text: str) -> bool:
         return any(line.errors for line in _read(problem, text))
 

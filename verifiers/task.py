@@ -63,6 +63,17 @@ class TaskJudge:
         gold = problem.solution.split("\n")
         return "\n".join(gold[: step + lines]) if step + lines <= len(gold) else None
 
+    def continuation(self, problem: Problem, done: str) -> str | None:
+        """What belongs behind right steps that end with a line break: the gold solution from its first line whose result does
+        not stand there yet. None when nothing is left to do."""
+        gold = problem.solution.split("\n")
+        if problem.solution.startswith(done):
+            return "\n".join(gold[done.count("\n") :])
+        reached = {equation.right for equation in equations(done)}
+        results = [[equation.right for equation in equations(line)] for line in gold]
+        at = next((i for i, values in enumerate(results) if not values or values[-1] not in reached), None)
+        return "\n".join(gold[at:]) if at is not None and done.endswith("\n") else None
+
     def state_is_wrong(self, problem: Problem, text: str) -> bool:
         """Whether an unfinished solution holds an error already: what decides if an undo there was spurious."""
         error = self.judge(problem, text).error

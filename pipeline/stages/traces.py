@@ -17,7 +17,6 @@ from pipeline.backtrack.undo import apply_undo
 from pipeline.stages.io import Codec, read_problems, read_rows, write_rows
 from pipeline.stages.stage import Context, StageError
 from pipeline.tasks.problem import Problem
-from verifiers.arithmetic import equations
 from verifiers.steps import token_span
 from verifiers.tasks import judge_of
 
@@ -162,28 +161,14 @@ def _correction(
     resampled: tuple[int, ...] | None,
     codec: Codec,
 ) -> tuple[str, tuple[int, ...] | None]:
-    """A right continuation of the prefix: the model's own words, of a right sibling or sampled anew, else the gold solution's."""
+    """A right continuation of the prefix: the model's own words, of a right sibling or sampled anew, else the task's."""
     for ids in right:
         if ids[: len(prefix)] == prefix:
             return "sibling", ids[len(prefix) :]
     if resampled:
         return "resampled", resampled
-    lines = problem.solution.split("\n")
-    done = codec.decode(prefix).text
-    at = _aligned(lines, done)
-    return ("gold", codec.solution_ids("\n".join(lines[at:]))) if at is not None else ("gold", None)
-
-
-def _aligned(gold: Sequence[str], done: str) -> int | None:
-    """Which gold line continues `done`: the first whose result does not stand there yet; None when nothing is left to do."""
-    if not done:
-        return 0
-    if "\n".join(gold).startswith(done):
-        return done.count("\n")
-    reached = {equation.right for equation in equations(done)}
-    results = [[equation.right for equation in equations(line)] for line in gold]
-    at = next((i for i, values in enumerate(results) if not values or values[-1] not in reached), None)
-    return at if at is not None and done.endswith("\n") else None
+    text = judge_of(problem).continuation(problem, codec.decode(prefix).text)
+    return "gold", None if text is None else codec.solution_ids(text)
 
 
 def _row(

@@ -339,6 +339,23 @@ def test_an_undo_for_each_line_of_a_try() -> None:
     assert "".join(map(chr, apply_undo(trace.ids, rule).surviving)) == GOLD
 
 
+def test_any_right_beginning_is_continued_to_the_target() -> None:
+    for problem in PROBLEMS:
+        lines = problem.solution.split("\n")
+        assert JUDGE.continuation(problem, "") == problem.solution
+        assert JUDGE.continuation(problem, f"{lines[0]}\n") == "\n".join(lines[1:])
+        numbers, target = sorted(Fraction(n) for n in json.loads(problem.params)["core"][0]), Fraction(problem.answer)
+        for (a, i), (b, j) in permutations([(n, at) for at, n in enumerate(numbers)], 2):
+            after = sorted([*(n for at, n in enumerate(numbers) if at not in (i, j)), a + b])
+            done = f"<<{a}+{b}={a + b}>>{a + b}, left {' '.join(map(str, after))}\n"
+            rest = JUDGE.continuation(problem, done)
+            if reaches(tuple(after), target):
+                assert rest is not None and JUDGE.correct(problem, done + rest), (problem.question, done, rest)
+            else:
+                assert rest is None  # a wrong beginning has no continuation
+    assert JUDGE.continuation(PROBLEM, f"{WRONG}\n") is None and JUDGE.continuation(PROBLEM, "nonsense\n") is None
+
+
 def test_the_right_state_beside_a_dead_end() -> None:
     assert [JUDGE.right_state(PROBLEM, step, 3 - step) for step in range(3)] == [f"{ONE}\n{TWO}\n{THREE}"] * 3
     assert [JUDGE.right_state(PROBLEM, step) for step in (0, 3, 4)] == [ONE, GOLD, None]
