@@ -140,15 +140,17 @@ def first_deviation(
     source: Source | None = None,
     *,
     idle_ok: bool = False,
+    finished: bool = True,
 ) -> Operation | None:
     """The first operation that gold never makes and that leads to nothing gold reaches, or that works on a foreign quantity.
 
-    With `idle_ok` one that does not feed the answer does no harm: the answer is right. None when gold computes nothing.
+    With `idle_ok` one that does not feed the answer does no harm: the answer is right. Where the solution is not `finished`,
+    what gold reaches in another order may still be put to use. None when gold computes nothing.
     """
     if not gold.operations and source is None:
         return None
     good = [not gold.operations or operation.result in gold.reach for operation in mine]
-    for at in _astray_later(mine, gold):
+    for at in _astray_later(mine, gold) if finished else ():
         good[at] = False
     sound = _sound(mine, source) if source else [True] * len(mine)
     for at in _repeated(mine, gold):

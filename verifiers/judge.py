@@ -15,7 +15,7 @@ from verifiers.arithmetic import Checked, read
 from verifiers.dataflow import Operation, Source, closest, first_deviation, gold_of, operations
 from verifiers.expressions import Node, branches, leaves, tokens
 from verifiers.phrases import left_side
-from verifiers.quantities import foreign
+from verifiers.quantities import MAX_TEXT, foreign
 from verifiers.steps import FINAL, Step, split_steps
 
 
@@ -44,11 +44,19 @@ class Verdict:
     """Characters of further false results behind the first error; what else stands there is right, given the first error."""
 
 
-def judge(solution: str, gold_solution: str, gold_answer: str, question: str = "", *, regardless: bool = False) -> Verdict:
+def judge(
+    solution: str,
+    gold_solution: str,
+    gold_answer: str,
+    question: str = "",
+    *,
+    regardless: bool = False,
+    finished: bool = True,
+) -> Verdict:
     """Judge one solution. Never raises on any text; offsets are characters of `solution`.
 
     With the question, a quantity that comes from nowhere is an error too. `regardless` looks for an error even where the
-    final answer is right, to measure false alarms.
+    final answer is right, to measure false alarms. What is not `finished` may still come back from a way of its own.
     """
     answer = extract_answer(solution)
     steps = tuple(split_steps(solution))
@@ -62,7 +70,9 @@ def judge(solution: str, gold_solution: str, gold_answer: str, question: str = "
     before_slip = [one for one in mine if slip is None or one.checked.equation.end <= slip.start]
     gold = gold_of(gold_solution)
     source = Source.of(solution, question, gold) if question else None
-    stray = first_deviation(before_slip if slip else mine, gold, None if slip else reached, source, idle_ok=correct)
+    stray = first_deviation(
+        before_slip if slip else mine, gold, None if slip else reached, source, idle_ok=correct, finished=finished
+    )
     error = deviation(solution, steps, stray, before_slip, gold.operations) if stray else slip
     if source and (misquoted := foreign_quantity(steps, mine, source, error)):
         error = misquoted
@@ -80,7 +90,7 @@ def foreign_quantity(
     spans = [(one.checked.equation.start, one.checked.equation.end) for one in mine]
     at = 0
     for step in steps:
-        if FINAL.match(source.text, step.start) or error and step.start >= error.start:
+        if step.start > MAX_TEXT or FINAL.match(source.text, step.start) or error and step.start >= error.start:
             return None
         while at < len(mine) and mine[at].checked.equation.start < step.end:
             tree = mine[at].checked.left

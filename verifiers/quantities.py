@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-MAX_TEXT = 20_000  # characters that are searched
+MAX_TEXT = 20_000  # characters of a text that are searched; a solution's own quantities are looked for in as many
 MAX_MENTIONS = 2_000
 MAX_KNOWN = 1_000  # values that are combined with each other
 
@@ -150,9 +150,10 @@ def foreign(text: str, start: int, end: int, known: Iterable[Fraction], skip: It
         before = text[max(start, low - 8) : low]
         if BEFORE.search(before) or AFTER.match(text, high):
             continue  # within a calculation, whose operands are looked at elsewhere
-        if COUNT.search(before) or before.rstrip(" $").endswith("=") and one_step(mention.value, values):
-            continue  # `the three days` counts what was named; `2x = 80` is the result of an equation's own arithmetic
-        if not is_known(mention, values) and not is_fact(mention.value, words):
+        if COUNT.search(before) or is_known(mention, values) or is_fact(mention.value, words):
+            continue  # `the three days` counts what was named
+        # `2x = 80` is the result of an equation's own arithmetic
+        if not (before.rstrip(" $").endswith("=") and one_step(mention.value, values)):
             return Mention(low, high, mention.value, True, mention.percent)
     return None
 

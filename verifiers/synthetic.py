@@ -48,8 +48,8 @@ class SyntheticJudge(TaskJudge):
         return super().right_state(problem, step, lines)
 
     def state_is_wrong(self, problem: Problem, text: str) -> bool:
-        # The number at which it stops may equal the answer by chance: a wrong choice stays wrong until an answer is given.
-        if not FINAL.search(text) and _wrong_choice(problem, text):
+        # The number at which it stops may equal the answer by chance: a wrong choice stays wrong until a right answer is given.
+        if _wrong_choice(problem, text) and not (FINAL.search(text) and self.correct(problem, text)):
             return True
         return super().state_is_wrong(problem, text)
 

@@ -76,7 +76,7 @@ class TaskJudge:
 
     def state_is_wrong(self, problem: Problem, text: str) -> bool:
         """Whether an unfinished solution holds an error already: what decides if an undo there was spurious."""
-        error = self.judge(problem, text).error
+        error = judge(text, problem.solution, problem.answer, problem.question, finished=False).error
         # `answer` and `step` only say that the solution does not end as it should.
         if error is None or error.kind in ("answer", "step"):
             return False
