@@ -1,60 +1,130 @@
-"""Packs examples into rows of a fixed number of tokens; the learner's collator turns rows into tensors.
+"""What a learner trains on: traces in a context form, packed into rows of a fixed number of tokens.
 
-Examples in a row cannot see each other: the 4-D mask is causal within an example and positions restart at 0.
+Sets of traces travel to the learner as ids and roles; trees, masks and targets are made there, a batch at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from pipeline.backtrack.trace import IGNORE
+from pipeline.backtrack.curriculum import Schedule, allowed_traces
+from pipeline.backtrack.layout import Segment, lay_out
+from pipeline.backtrack.targets import Form, Targets, segments
+from pipeline.backtrack.trace import Role, Trace
+from pipeline.backtrack.undo import UndoRule
 
 _WAITING = 64  # examples that a row can choose from
 
 
 @dataclass(frozen=True)
+class TrainingSet:
+    """Traces and how they are taught."""
+
+    traces: Sequence[Trace]
+    rule: UndoRule
+    targets: Targets = field(default_factory=Targets)
+    form: Form = field(default_factory=Form)
+    together: bool = False
+    """Rewind form: one tree for all traces that begin with the same prompt, as far as a row has room."""
+    most_undos: Schedule | None = None
+    """How many undos a trace may hold, by optimiser step; null allows any number."""
+
+
+@dataclass(frozen=True)
 class Example:
-    """One training sequence."""
+    """What is packed as one: a trace, or in the rewind form several that share a tree."""
 
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
-    """Same length; IGNORE where the token is not a target. Position i's target is predicted from position i - 1."""
+    traces: tuple[Trace, ...]
+    tokens: int
+    """Tokens it takes in a row."""
+    undos: int
+    """Most undos of any of its traces."""
 
 
-def pack(examples: Sequence[Example], row_tokens: int, rows: int, seed: int) -> tuple[list[list[Example]], int]:
-    """Fill `rows` rows by going through the shuffled examples as often as needed.
+def examples_of(data: TrainingSet, row_tokens: int) -> tuple[list[Example], int]:
+    """Examples that fit into a row, and how many traces are left out because they do not."""
+    by_prompt: dict[tuple[object, int], list[Trace]] = {}
+    joins = data.together and data.form.context == "rewind"
+    for number, trace in enumerate(data.traces):
+        # What shares a tree has as many undos where a schedule may leave some out.
+        key = (trace.ids[: trace.prompt_length], _undos(trace) if data.most_undos else 0) if joins else (number, 0)
+        by_prompt.setdefault(key, []).append(trace)
+    fitting: list[Example] = []
+    left_out = 0
+    waiting = [tuple(group) for group in reversed(by_prompt.values())]
+    while waiting:
+        group = waiting.pop()
+        tokens = _tokens(group, data)
+        if tokens <= row_tokens:
+            fitting.append(Example(group, tokens, max(map(_undos, group))))
+        elif len(group) == 1:
+            left_out += 1
+        else:
+            waiting += [group[len(group) // 2 :], group[: len(group) // 2]]
+    return fitting, left_out
+
+
+def _undos(trace: Trace) -> int:
+    return trace.roles.count(Role.UNDO)
+
+
+def _tokens(group: tuple[Trace, ...], data: TrainingSet) -> int:
+    if data.form.context != "rewind":
+        return len(group[0].ids)
+    return len(segments(group, data.rule, data.targets, data.form)[0].ids)
+
+
+def pack(lengths: Sequence[int], row_tokens: int, rows: int, seed: int) -> list[list[int]]:
+    """Fill `rows` rows by going through the shuffled examples as often as needed; indices of examples, row by row.
 
     A row begins with the example that has waited longest and goes on with the longest waiting ones that still fit, so that
-    little of it is padding.
-
-    Returns:
-        the rows, and how many of the examples are longer than a row and therefore left out.
+    little of it is padding. No example may be longer than a row.
     """
-    fitting = [example for example in examples if 0 < len(example.input_ids) <= row_tokens]
-    if not fitting:
-        raise ValueError(f"none of {len(examples)} examples fits into a row of {row_tokens} tokens: raise row_tokens")
-    order = _forever(fitting, seed)
-    waiting = [next(order) for _ in range(min(_WAITING, len(fitting)))]
+    order = _forever(range(len(lengths)), seed)
+    waiting = [next(order) for _ in range(min(_WAITING, len(lengths)))]
     packed = []
     for _ in range(rows):
-        row: list[Example] = []
+        row: list[int] = []
         free = row_tokens
         choice: int | None = 0
         while choice is not None:
-            free -= len(waiting[choice].input_ids)
+            free -= lengths[waiting[choice]]
             row.append(waiting.pop(choice))
             waiting.append(next(order))
-            fits = (i for i, example in enumerate(waiting) if len(example.input_ids) <= free)
-            choice = max(fits, key=lambda i: len(waiting[i].input_ids), default=None)
+            fits = (i for i, example in enumerate(waiting) if lengths[example] <= free)
+            choice = max(fits, key=lambda i: lengths[waiting[i]], default=None)
         packed.append(row)
-    return packed, len(examples) - len(fitting)
+    return packed
 
 
-def _forever(examples: Sequence[Example], seed: int) -> Iterator[Example]:
+def pack_by_phase(
+    examples: Sequence[Example], most_undos: Schedule | None, row_tokens: int, steps: int, rows: int, seed: int
+) -> list[list[int]]:
+    """`steps` x `rows` rows as `pack` makes them, each step's from the examples that the schedule allows there.
+
+    Raises:
+        ValueError: no example is left, or none with so few undos as the schedule allows.
+    """
+    if not examples:
+        raise ValueError(f"no example fits into a row of {row_tokens} tokens: raise row_tokens")
+    undos = [example.undos for example in examples]
+    packed: list[list[int]] = []
+    for _, run in itertools.groupby(range(steps), most_undos.at if most_undos else lambda step: 0.0):
+        some = list(run)
+        phase = allowed_traces(undos, most_undos, some[0]) if most_undos else range(len(examples))
+        if not phase:
+            raise ValueError(f"sft.most_undos allows no trace at step {some[0]}: every one has more undos")
+        found = pack([examples[index].tokens for index in phase], row_tokens, len(some) * rows, seed + len(packed))
+        packed += [[phase[index] for index in row] for row in found]
+    return packed
+
+
+def _forever(examples: Sequence[int], seed: int) -> Iterator[int]:
     order = list(examples)
     rng = random.Random(seed)
     while True:
@@ -62,28 +132,26 @@ def _forever(examples: Sequence[Example], seed: int) -> Iterator[Example]:
         yield from order
 
 
-def collate(rows: Sequence[Sequence[Example]], pad_id: int, row_tokens: int) -> dict[str, torch.Tensor]:
-    """Tensors of one batch: input_ids, labels, position_ids [rows, tokens] and attention_mask [rows, 1, tokens, tokens]."""
-    input_ids = torch.full((len(rows), row_tokens), pad_id)
-    labels = torch.full((len(rows), row_tokens), IGNORE)
-    position_ids = torch.zeros((len(rows), row_tokens), dtype=torch.long)
-    segment = torch.zeros((len(rows), row_tokens), dtype=torch.long)
-    for index, row in enumerate(rows):
-        start = 0
-        for number, example in enumerate(row, start=1):
-            end = start + len(example.input_ids)
-            input_ids[index, start:end] = torch.tensor(example.input_ids)
-            labels[index, start:end] = torch.tensor(example.labels)
-            labels[index, start] = IGNORE  # its only context would be the example before it
-            position_ids[index, start:end] = torch.arange(end - start)
-            segment[index, start:end] = number
-            start = end
-    same = segment.unsqueeze(2) == segment.unsqueeze(1)
-    causal = torch.ones(row_tokens, row_tokens, dtype=torch.bool).tril()
+def collate(rows: Sequence[Sequence[Example]], data: TrainingSet, pad_id: int, row_tokens: int) -> dict[str, torch.Tensor]:
+    """Tensors of one batch.
+
+    input_ids and position_ids [rows, tokens], attention_mask [rows, 1, tokens, tokens], and for each place with a target, every
+    distinct (place, target) once: row, column, target, weight (summed over the actions it stands for) [targets].
+    """
+    laid: list[list[Segment]] = [
+        [segment for example in row for segment in segments(example.traces, data.rule, data.targets, data.form)] for row in rows
+    ]
+    layout = lay_out(laid, row_tokens, pad_id)
+    taught = layout.weight > 0
+    keys = torch.stack([layout.row, layout.column, layout.target])[:, taught]
+    places, which = torch.unique(keys, dim=1, return_inverse=True)
+    weight = torch.zeros(places.shape[1]).index_add_(0, which, layout.weight[taught])
     return {
-        "input_ids": input_ids,
-        "labels": labels,
-        "position_ids": position_ids,
-        # Padding sees itself (segment 0), so no row of the softmax is empty.
-        "attention_mask": (same & causal).unsqueeze(1),
+        "input_ids": layout.input_ids,
+        "position_ids": layout.position_ids,
+        "attention_mask": layout.attention_mask(),
+        "row": places[0],
+        "column": places[1],
+        "target": places[2],
+        "weight": weight,
     }

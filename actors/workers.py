@@ -14,7 +14,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors.cluster import ClusterError, actor_options, ray_session
 from actors.learner import Curve, DevCheck, LearnerActor
-from actors.packing import Example
+from actors.packing import TrainingSet
 from actors.probe import ProbeRow
 from actors.rollout import RolloutPool
 from pipeline.config import Settings, TrainSettings
@@ -59,7 +59,7 @@ class Workers:
         self,
         source: Path,
         target: Path,
-        examples: Sequence[Example],
+        data: TrainingSet,
         settings: TrainSettings,
         seed: int,
         on_progress: Callable[[Curve], None],
@@ -71,7 +71,7 @@ class Workers:
             ClusterError: the learner died or could not be placed.
         """
         learner = self._ready_learner()
-        result = learner.fit.remote(str(source.resolve()), str(target.resolve()), examples, settings, seed, check)
+        result = learner.fit.remote(str(source.resolve()), str(target.resolve()), data, settings, seed, check)
         while not ray.wait([result], timeout=_POLL_SECONDS)[0]:
             answer = learner.progress.remote()
             if ray.wait([answer, result], timeout=_POLL_SECONDS)[0] == [answer]:  # a busy learner answers at the next poll

@@ -24,9 +24,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from pipeline.backtrack.layout import Layout, Segment, lay_out, rewind  # noqa: E402
-from pipeline.backtrack.trace import IGNORE, Trace, WrongTry, build_trace, targets  # noqa: E402
-from pipeline.backtrack.tree import Walk, grow, trace_walk  # noqa: E402
+from pipeline.backtrack.layout import IGNORE, Layout, Segment, lay_out, rewind  # noqa: E402
+from pipeline.backtrack.targets import Targets, trace_walk  # noqa: E402
+from pipeline.backtrack.trace import Detour, Trace, WrongTry, build_trace  # noqa: E402
+from pipeline.backtrack.tree import Walk, grow  # noqa: E402
 from pipeline.backtrack.undo import UndoRule  # noqa: E402
 
 VOCABULARY, U, LINE_END, PAD = 300, 299, 298, 0
@@ -81,15 +82,15 @@ def problem_traces(rng: random.Random, errors: int = 1, rule: UndoRule = RULE) -
     solution = [line(rng) for _ in range(rng.randrange(2, 5))]
     traces = []
     for _ in range(PER_PROBLEM):
-        at = rng.randrange(len(solution))
+        place = sum(map(len, solution[: rng.randrange(len(solution))]))
         tries = [line(rng)[:-1] for _ in range(errors)]
         wrong = [WrongTry(tuple(ids), (True,) + (False,) * (len(ids) - 1)) for ids in tries]
-        traces.append(build_trace(prompt, [*chain(*solution[:at])], wrong, [*chain(*solution[at:])], rule))
+        traces.append(build_trace(prompt, [*chain(*solution)], [Detour(place, one) for one in wrong], rule))
     return traces
 
 
 def trees(problems: Sequence[Sequence[Trace]], by_problem: bool) -> list[Segment]:
-    walks = [[trace_walk(trace, "decision") for trace in traces] for traces in problems]
+    walks = [[trace_walk(trace, RULE, Targets()) for trace in traces] for traces in problems]
     groups = walks if by_problem else [[walk] for group in walks for walk in group]
     return [rewind(grow(group, RULE), once=True) for group in groups]
 
@@ -131,7 +132,7 @@ def group_ratio(rng: random.Random) -> float:
 def errors_ratio(rng: random.Random, errors: int, rule: UndoRule) -> float:
     """One tree for each trace, so that what is saved is the undos' and the rewritten prefixes' part alone."""
     traces = problem_traces(rng, errors, rule)
-    nodes = sum(len(grow([trace_walk(trace, "decision")], rule).parent) for trace in traces)
+    nodes = sum(len(grow([trace_walk(trace, RULE, Targets())], rule).parent) for trace in traces)
     return sum(len(trace.ids) for trace in traces) / nodes
 
 
@@ -185,13 +186,19 @@ def model_times(problems: Sequence[Sequence[Trace]], repeats: int) -> dict[str, 
     return {f"ms_per_trace_{name}": value for name, value in medians.items()} | speedups
 
 
+def labels(trace: Trace) -> list[int]:
+    walk = trace_walk(trace, RULE, Targets())
+    wanted = zip(walk.targets or (), walk.weights or (), strict=True)
+    return [IGNORE] * len(walk.prompt) + [token if weight else IGNORE for token, weight in wanted]
+
+
 def pad(traces: Sequence[Trace]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Linear rows of one trace each: input ids, mask and labels [rows, tokens]."""
     width = max(len(trace.ids) for trace in traces)
     ids = [[*trace.ids, *[PAD] * (width - len(trace.ids))] for trace in traces]
     mask = [[1] * len(trace.ids) + [0] * (width - len(trace.ids)) for trace in traces]
-    labels = [[*targets(trace, "decision"), *[IGNORE] * (width - len(trace.ids))] for trace in traces]
-    return torch.tensor(ids), torch.tensor(mask), torch.tensor(labels)
+    wanted = [[*labels(trace), *[IGNORE] * (width - len(trace.ids))] for trace in traces]
+    return torch.tensor(ids), torch.tensor(mask), torch.tensor(wanted)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
+from pipeline.backtrack.curriculum import parse_schedule
+
 
 class ConfigError(ValueError):
     """A setting is wrong. The message is one line."""
@@ -100,8 +102,13 @@ class CountdownTask(Section):
 class UndoSettings(Section):
     token: str = Field("<|BACKTRACK|>", min_length=1, max_length=64, description="The undo token's text.")
     unit: Literal["token", "step", "all"] = Field("step", description="What one undo token deletes.")
-    init: Literal["mean", "words"] = Field("words", description="Embedding: mean of all rows, or of the words' rows.")
+    init: Literal["mean", "words", "description"] = Field(
+        "words", description="Embedding: mean of all rows, or of the rows of the words or of the description."
+    )
     words: list[str] = Field(["undo", "wrong", "back", "delete", "mistake"], min_length=1, description="Words for init: words.")
+    description: str = Field(
+        "take back the previous step because it is wrong", min_length=1, description="Sentence for init: description."
+    )
     noise: float = Field(0.02, ge=0, le=0.5, description="Norm of the noise added, as a share of the row's own norm.")
 
 
@@ -185,6 +192,8 @@ class SamplingSettings(Section):
 class RolloutSettings(SamplingSettings):
     problems: int | None = Field(None, ge=1, description="Training problems to sample; null takes all.")
     samples: int = Field(2, ge=1, le=1024, description="Completions for each problem.")
+    hot_samples: int = Field(0, ge=0, le=1024, description="More completions for each problem, for near misses.")
+    hot_temperature: float = Field(1.4, gt=0, le=5, description="Temperature of these.")
     max_tokens: int = Field(256, ge=1, le=131_072, description="Longest completion.")
     batch: int = Field(256, ge=1, le=65_536, description="Requests handed to an actor at a time.")
     logprobs: bool = Field(True, description="Store the log-probability of every emitted token.")
@@ -200,15 +209,97 @@ class JudgeSettings(Section):
     budget: int | None = Field(None, ge=1, description="Combined: prefixes sampled for a solution, at most; null is no limit.")
 
 
+Ratio = Annotated[float, Field(ge=0, le=100)]
+
+
+class TraceMix(Section):
+    """Traces of each source for each self trace that was found, as far as the source has them.
+
+    Where `self` is 0 or finds none they count for each training problem instead.
+    """
+
+    self: Ratio = Field(1.0, description="Errors of rollouts.temperature, localised by the judge.")
+    near_miss: Ratio = Field(0.0, description="Errors of rollouts.hot_samples that are close to a right step.")
+    random: Ratio = Field(0.0, description="Random tokens put in at a random place.")
+    aligned: Ratio = Field(0.0, description="Steps of a wrong solution put into a right one of the same problem.")
+    search: Ratio = Field(0.0, description="Wrong branches of search trees, from traces.search_trees.")
+
+
+class LossFilter(Section):
+    """After Toolformer (Schick et al. 2023): keeps a trace only if its undo makes the model's loss on what follows fall."""
+
+    margin: float | None = Field(None, description="Least fall of the mean loss, in nats a token; null leaves the filter out.")
+    window: int = Field(16, ge=1, le=4096, description="Tokens of the continuation over which losses are compared.")
+
+
+class TraceFilters(Section):
+    duplicates: bool = Field(True, description="Leave out traces that are token for token like an earlier one.")
+    max_tokens: int | None = Field(None, ge=8, description="Longest trace, prompt included; null takes sft.row_tokens.")
+    most_undos: int | None = Field(None, ge=1, description="Most undo tokens in a trace; null is no limit.")
+    kinds: list[str] | None = Field(
+        None, min_length=1, description="Kinds of first error, as judged, that can be seen; null takes all."
+    )
+    late_evidence: bool = Field(False, description="Only errors that right inferences follow before the undo: seen in hindsight.")
+    loss: LossFilter = Field(LossFilter(), description="Only undos that help the model.")
+
+
 class TraceSettings(Section):
+    mix: TraceMix = Field(TraceMix(), description="Traces by source.")
+    filters: TraceFilters = Field(TraceFilters(), description="Which traces are left out.")
     max_errors: int = Field(3, ge=1, le=64, description="Different wrong tries of a problem in one trace, at most.")
-    mask: Literal["decision", "span"] = Field("decision", description="Mask the wrong decision, or all that is deleted.")
+    random_tokens: int = Field(3, ge=1, le=64, description="Random tokens of a random error, at most.")
+    nearness: float = Field(0.5, ge=0, le=1, description="Least share of tokens that a near miss has in common with a right step.")
+    search_trees: str | None = Field(None, description="Folder with a dataset of search trees, see pipeline/backtrack/harvest.py.")
     clean_ratio: float = Field(1.0, ge=0, le=100, description="Clean rows for each trace.")
     replay: bool = Field(True, description="Keep the traces of earlier rounds.")
 
+    @model_validator(mode="after")
+    def _has_sources(self) -> Self:
+        if not any(getattr(self.mix, source) for source in TraceMix.model_fields):
+            raise ValueError("mix takes traces from no source: one of them must be above 0")
+        if self.mix.search and self.search_trees is None:
+            raise ValueError("mix.search needs search_trees, a folder with search trees")
+        return self
+
+
+class RoleWeights(Section):
+    prefix: float = Field(1.0, ge=0, le=100, description="Right tokens before the error.")
+    error: float = Field(1.0, ge=0, le=100, description="Wrong decisions; counts with mask none alone.")
+    consequence: float = Field(1.0, ge=0, le=100, description="Right inferences from a wrong decision.")
+    undo: float = Field(1.0, ge=0, le=100, description="Undo tokens.")
+    correction: float = Field(1.0, ge=0, le=100, description="The right way after the undo, and clean rows.")
+
+
+class LoraSettings(Section):
+    rank: int = Field(16, ge=1, le=1024, description="Rank of the adapters, on all linear layers.")
+    alpha: float = Field(32.0, gt=0, le=4096, description="Scale of the adapters, divided by the rank.")
+
 
 class SftSettings(TrainSettings):
+    form: Literal["soft", "hard", "rewind"] = Field("soft", description="What the model sees of deleted tokens.")
+    rewinding: Literal["deferred", "immediate"] = Field("deferred", description="Unit token, rewind: undos act as a run, or each.")
+    hide_undos: bool = Field(False, description="Form hard: nothing sees an undo token but itself.")
+    positions: Literal["kept", "depth"] = Field("kept", description="Form hard: positions as emitted, or restarting.")
+    mask: Literal["none", "decision", "span"] = Field(
+        "decision", description="Not taught: nothing (the bad example), wrong decisions, or all that is deleted."
+    )
+    detect_at: Literal["first", "step_end", "evidence"] = Field(
+        "evidence", description="Undo is the target behind the wrong decision, at the end of its step, or at the evidence."
+    )
+    train_prompt: bool = Field(False, description="Whether prompts are targets too.")
+    weights: RoleWeights = Field(RoleWeights(), description="What a target counts, by role.")
+    together: bool = Field(True, description="Form rewind: traces of a problem share one tree.")
+    most_undos: list[list[int]] | None = Field(None, description="[[step, undos], ..]: most undos of a trace from a step on.")
+    trainable: Literal["all", "undo_row", "lora"] = Field("all", description="Which weights are trained.")
+    lora: LoraSettings = Field(LoraSettings(), description="For trainable: lora.")
     control: bool = Field(True, description="Also train the clean control: same steps, clean rows only.")
+
+    @field_validator("most_undos")
+    @classmethod
+    def _is_schedule(cls, value: list[list[int]] | None) -> list[list[int]] | None:
+        if value is not None:
+            parse_schedule("sft.most_undos", value, least=0)
+        return value
 
 
 class EvaluateSettings(SamplingSettings):

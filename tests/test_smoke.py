@@ -15,9 +15,13 @@ import pytest
 from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.backtrack.trace import IGNORE, Role
-from pipeline.config import UndoSettings
+from pipeline.backtrack.targets import trace_walk
+from pipeline.backtrack.trace import Role, Trace
+from pipeline.backtrack.undo import apply_undo
+from pipeline.config import SftSettings, UndoSettings
 from pipeline.stages import evaluate, judge, problems, rollouts, traces
+from pipeline.stages.io import Codec
+from pipeline.stages.sft import training_set
 from pipeline.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,10 +85,18 @@ def test_rollouts_carry_ids_logprobs_and_the_weights_that_made_them(finished: tu
 def test_traces_never_target_a_wrong_decision(finished: tuple[Path, str]) -> None:
     store = Store(finished[0] / "smoke")
     trained = {row["id"] for row in load_from_disk(store.path(0, "problems")) if row["split"] == "train"}
+    rule = Codec(store.path(0, "base"), UndoSettings(), "{question}\n").rule
+    clean = load_from_disk(store.path(1, "traces") / traces.CLEAN)
     for row in load_from_disk(store.path(1, "traces")):
-        assert row["problem"] in trained
-        for token, role, label in zip(row["input_ids"], row["roles"], row["labels"], strict=True):
-            assert label == (IGNORE if role in (Role.PROMPT, Role.ERROR) else token)
+        assert row["problem"] in trained and row["split"] == "train"
+        start, partner = row["roles"].count(Role.PROMPT), clean[row["partner"]]["input_ids"]
+        if row["source"] != "clean":
+            assert row["input_ids"][:start] + list(apply_undo(row["input_ids"][start:], rule).surviving) == partner
+        trace = Trace(tuple(row["input_ids"]), tuple(row["roles"]))
+        walk = trace_walk(trace, rule, training_set([trace], rule, SftSettings()).targets)
+        assert walk.ids == trace.ids[trace.prompt_length :] == walk.targets
+        for role, weight in zip(walk.roles or (), walk.weights or (), strict=True):
+            assert weight == (role != Role.ERROR)
 
 
 def test_models_are_ordinary_folders_with_the_undo_row_trained(finished: tuple[Path, str]) -> None:

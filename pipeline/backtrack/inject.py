@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from pipeline.backtrack.trace import Trace, WrongTry, build_trace
+from pipeline.backtrack.trace import Detour, Trace, WrongTry, build_trace
 from pipeline.backtrack.undo import UndoRule
 
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -60,7 +60,7 @@ def random_injection(
         if token not in barred:
             drawn.append(token)
     wrong_try = WrongTry(tuple(drawn), (True,) * k)
-    return Injected(build_trace(prompt, solution_ids[:place], [wrong_try], solution_ids[place:], rule), "random", place, k)
+    return Injected(build_trace(prompt, solution_ids, [Detour(place, wrong_try)], rule), "random", place, k)
 
 
 def aligned_injection(
@@ -102,7 +102,7 @@ def aligned_injection(
             same = _same(rights[i], wrongs[j])
             place = sum(map(len, rights[:i]))
             wrong_try = WrongTry(wrongs[j], tuple(at >= same for at in range(len(wrongs[j]))))
-            trace = build_trace(prompt, solution_ids[:place], [wrong_try], solution_ids[place:], rule)
+            trace = build_trace(prompt, solution_ids, [Detour(place, wrong_try)], rule)
             return Injected(trace, "aligned", place, len(wrongs[j]))
     return None
 

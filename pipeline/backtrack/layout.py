@@ -14,9 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.backtrack.trace import IGNORE
 from pipeline.backtrack.tree import Action, TokenTree, Walk
 from pipeline.backtrack.undo import UndoRule, apply_undo
+
+IGNORE = -100  # cross entropy skips targets of this value
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Layout:
     column: Tensor
     """[actions]"""
     target: Tensor
-    """[actions] The id that was emitted."""
-    trained: Tensor
-    """[actions] Boolean."""
+    """[actions] The id that was emitted, or that should have been."""
+    weight: Tensor
+    """[actions] What the target counts in a loss; 0 when it is masked."""
     actions: tuple[Action, ...]
     """What else is known of them; node and walk count from 0 in each segment."""
 
@@ -70,8 +71,8 @@ class Layout:
         return sees
 
     def labels(self) -> Tensor:
-        """[actions] Targets, IGNORE where not trained; one to one with `logits[row, column]`, nothing left to shift."""
-        return torch.where(self.trained, self.target, IGNORE)
+        """[actions] Targets, IGNORE where masked; one to one with `logits[row, column]`, nothing left to shift."""
+        return torch.where(self.weight > 0, self.target, IGNORE)
 
 
 def _sees(enter_query: Tensor, enter_key: Tensor, leave_key: Tensor) -> Tensor:
@@ -99,15 +100,17 @@ def intervals(parent: Sequence[int]) -> tuple[list[int], list[int]]:
 def rewind(tree: TokenTree, once: bool = False) -> Segment:
     """Deleted tokens are gone: a token sees its ancestors and itself, positions are depths, shared beginnings are there once.
 
-    `once`: an action that a walk repeats in the same state counts once. For traces, which with units `step` and `all` write a
-    part of the prefix again; a policy's rollouts decided twice.
+    `once`: an action that a walk repeats in the same state counts once, with the larger weight. For traces, which with units
+    `step` and `all` write a part of the prefix again; a policy's rollouts decided twice.
     """
     actions = tree.actions
     if once:
-        first: dict[tuple[int, int, int, bool, bool], Action] = {}
+        kept: dict[tuple[int, int, int, bool], Action] = {}
         for action in actions:
-            first.setdefault((action.walk, action.node, action.token, action.ends_run, action.trained), action)
-        actions = tuple(first.values())
+            key = (action.walk, action.node, action.token, action.ends_run)
+            if key not in kept or action.weight > kept[key].weight:
+                kept[key] = action
+        actions = tuple(kept.values())
     return Segment(tree.token, tree.depth, *intervals(tree.parent), actions)
 
 
@@ -148,12 +151,18 @@ def hard(
 
 def _row_actions(walk: Walk, number: int) -> tuple[Action, ...]:
     count, before = len(walk.ids), len(walk.prompt) - 1
-    trained = walk.trained or (True,) * count
+    targets = walk.targets or walk.ids
+    weights = walk.weights or (1.0,) * count
+    roles = walk.roles or (-1,) * count
     logprobs = walk.logprobs or (None,) * count
     banned = walk.banned or (frozenset[int](),) * count
-    return tuple(
-        Action(before + step, walk.ids[step], number, step, trained[step], False, logprobs[step], banned[step])
-        for step in range(count)
+    of_prompt = range(1, len(walk.prompt)) if walk.prompt_weight else ()
+    return (
+        *(Action(at - 1, walk.prompt[at], number, at - len(walk.prompt), walk.prompt_weight) for at in of_prompt),
+        *(
+            Action(before + step, targets[step], number, step, weights[step], roles[step], False, logprobs[step], banned[step])
+            for step in range(count)
+        ),
     )
 
 
@@ -202,7 +211,7 @@ def lay_out(rows: Sequence[Sequence[Segment]], tokens: int | None = None, pad_id
         row=place[:, 0],
         column=place[:, 1],
         target=torch.tensor([action.token for action in actions], dtype=torch.long),
-        trained=torch.tensor([action.trained for action in actions], dtype=torch.bool),
+        weight=torch.tensor([action.weight for action in actions], dtype=torch.float),
         actions=tuple(actions),
     )
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.backtrack.trace import IGNORE, Trace, targets
 from pipeline.backtrack.undo import UndoRule, apply_undo
 
 Rewinding = Literal["immediate", "deferred"]
@@ -30,28 +29,27 @@ class Walk:
     banned: tuple[frozenset[int], ...] | None = None
     """[n] What that policy was forbidden at each place. With deferred rewinding U belongs in here right behind a run of U's,
     or the run and a new one could not be told apart."""
-    trained: tuple[bool, ...] | None = None
-    """[n] Whether the id is a target; all are when None."""
+    targets: tuple[int, ...] | None = None
+    """[n] What should have been emitted at each place, for training; the ids themselves when None."""
+    weights: tuple[float, ...] | None = None
+    """[n] What each target counts in a loss, 0 for masked ones; all count 1 when None."""
+    roles: tuple[int, ...] | None = None
+    """[n] What each id is in a trace, see trace.py."""
+    prompt_weight: float = 0.0
+    """What the prompt's tokens count from the second on; where it is 0 they are no actions."""
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ValueError("a walk without a prompt: nothing predicts its first token; begin it with one token at least")
-        for name in ("logprobs", "banned", "trained"):
+        for name in ("logprobs", "banned", "targets", "weights", "roles"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.ids):
                 raise ValueError(f"a walk of {len(self.ids)} ids with {len(values)} {name}")
 
 
-def trace_walk(trace: Trace, mask: Literal["decision", "span"]) -> Walk:
-    """A trace as a walk; wrong decisions (`decision`) or all that is deleted (`span`) is emitted but not trained."""
-    start = trace.prompt_length
-    trained = tuple(target != IGNORE for target in targets(trace, mask)[start:])
-    return Walk(trace.ids[:start], trace.ids[start:], trained=trained)
-
-
 @dataclass(frozen=True, slots=True)
 class Action:
-    """A token emitted in a state. U is an action like any other."""
+    """A token that is emitted, or is to be emitted, in a state. U is an action like any other."""
 
     node: int
     """The state: the node on top of the stack. In a linear layout: the index of the token before."""
@@ -59,8 +57,11 @@ class Action:
     walk: int = 0
     """Which walk it belongs to."""
     step: int = 0
-    """Its index among the ids of that walk; for `ends_run` that of the id behind the run."""
-    trained: bool = True
+    """Its index among the ids of that walk, negative within the prompt; for `ends_run` that of the id behind the run."""
+    weight: float = 1.0
+    """What it counts in a loss; 0 when it is masked."""
+    role: int = -1
+    """What the emitted id is in a trace; -1 when not known."""
     ends_run: bool = False
     """The action is *not* to emit `token` (U): with deferred rewinding that is what ends a run of undos."""
     logprob: float | None = None
@@ -120,6 +121,9 @@ def grow(walks: Sequence[Walk], rule: UndoRule, rewinding: Rewinding = "deferred
 
     Linear time. Which tokens a U deletes is apply_undo's word.
 
+    Raises:
+        ValueError: a prompt that holds U, or walks that do not begin with the same token.
+
     Example:
         >>> tree = grow([Walk(prompt=(5,), ids=(1, 2, 9, 3))], UndoRule(undo_id=9), "immediate")
         >>> [(tree.path(action.node), action.token) for action in tree.actions]
@@ -140,20 +144,28 @@ def grow(walks: Sequence[Walk], rule: UndoRule, rewinding: Rewinding = "deferred
 
     undo_id, free = rule.undo_id, frozenset[int]()
     for number, walk in enumerate(walks):
-        state = ROOT
-        for token in walk.prompt:
+        if undo_id in walk.prompt:
+            raise ValueError(f"the prompt of walk {number} holds the undo token, which acts on completions alone")
+        state = descend(ROOT, walk.prompt[0])
+        for at, token in enumerate(walk.prompt[1:], start=1):
+            if walk.prompt_weight:
+                actions.append(Action(state, token, number, at - len(walk.prompt), walk.prompt_weight))
             state = descend(state, token)
         stack, emitted = [state], [-1]  # nodes, and for each the step that pushed it; the prompt's end stays
         deleted_by = apply_undo(walk.ids, rule).deleted_by
-        logprobs, banned, trained = walk.logprobs, walk.banned, walk.trained
+        logprobs, banned, weights, roles = walk.logprobs, walk.banned, walk.weights, walk.roles
+        targets = walk.targets or walk.ids
         for step, token in enumerate(walk.ids):
-            train = trained[step] if trained else True
+            weight = weights[step] if weights else 1.0
             if state != stack[-1] and token != undo_id:
-                ended = trained[step - 1] if trained else True  # ending the run is as right as the run
-                actions.append(Action(state, undo_id, number, step, ended, True))
+                ended = weights[step - 1] if weights else 1.0  # ending the run is as right as the run
+                actions.append(Action(state, undo_id, number, step, ended, roles[step - 1] if roles else -1, True))
                 state = stack[-1]
             logprob = logprobs[step] if logprobs else None
-            actions.append(Action(state, token, number, step, train, False, logprob, banned[step] if banned else free))
+            role = roles[step] if roles else -1
+            actions.append(
+                Action(state, targets[step], number, step, weight, role, False, logprob, banned[step] if banned else free)
+            )
             if token != undo_id:
                 state = descend(state, token)
                 stack.append(state)

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from actors.learner import DevCheck
-from actors.packing import Example
+from actors.packing import TrainingSet
 from actors.workers import curve_json
 from pipeline.backtrack.embedding import add_undo_token
-from pipeline.backtrack.trace import IGNORE
+from pipeline.backtrack.trace import Trace, build_trace
 from pipeline.config import BaseSettings, ScratchModel, Settings
 from pipeline.stages.io import Codec, read_problems, write_json
 from pipeline.stages.stage import Context, StageError
@@ -52,12 +52,12 @@ def _from_scratch(context: Context) -> None:
         is_right=lambda index, text: judge_of(checked[index]).correct(checked[index], text),
         max_tokens=longest + 16,
     )
-    examples = [clean_example(codec, problem) for problem in learn]
+    traces = [clean_trace(codec, problem) for problem in learn]
     with context.terminal.stage("base", train.steps, "steps") as progress:
         curve = context.workers.fit(
             start,
             context.out,
-            examples,
+            TrainingSet(traces, codec.rule),
             train,
             settings.run.seed,
             lambda c: progress.update(c.step, _note(c.losses, c.checks)),
@@ -75,10 +75,9 @@ def _note(losses: list[tuple[int, float]], checks: list[tuple[int, float]]) -> s
     return loss + (f", dev accuracy {checks[-1][1]:.3f}" if checks else "")
 
 
-def clean_example(codec: Codec, problem: Problem) -> Example:
-    """Question and gold solution as a training sequence; the prompt is no target."""
-    prompt, solution = codec.prompt_ids(problem), codec.solution_ids(problem.solution)
-    return Example(prompt + solution, (IGNORE,) * len(prompt) + solution)
+def clean_trace(codec: Codec, problem: Problem) -> Trace:
+    """Question and gold solution, without errors."""
+    return build_trace(codec.prompt_ids(problem), codec.solution_ids(problem.solution), (), codec.rule)
 
 
 def train_tokenizer(texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
@@ -135,9 +134,9 @@ def _finish(model: Any, tokenizer: Any, settings: Settings, folder: Path) -> Non
     """Add the undo token and save an ordinary Hugging Face folder."""
     undo = settings.undo
     try:
-        add_undo_token(model, tokenizer, undo.token, undo.init, undo.words, undo.noise, settings.run.seed)
+        add_undo_token(model, tokenizer, undo.token, undo.init, undo.words, undo.description, undo.noise, settings.run.seed)
     except ValueError as error:
-        raise StageError(f"undo.token: {error}") from error
+        raise StageError(f"undo: {error}") from error
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)

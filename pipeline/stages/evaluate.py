@@ -22,8 +22,8 @@ from pipeline.metrics import Evaluated, Probed, accepted, summarise
 from pipeline.stages.io import Codec, read_problems, write_json, write_rows
 from pipeline.stages.rollouts import context_length, row_seed, within_context
 from pipeline.stages.sft import CONTROL
+from pipeline.stages.sources import locate
 from pipeline.stages.stage import Context
-from pipeline.stages.traces import locate
 from pipeline.tasks.problem import Problem
 from verifiers.tasks import judge_of
 

@@ -33,6 +33,20 @@ def _digest(file: str) -> str:
         raise StageError(f"task: cannot read {file}: {error.strerror}") from error
 
 
+def _tree_digest(folder: str | None) -> str:
+    """Digest of a dataset of search trees: changed trees are a changed input, whatever the folder's name."""
+    files = sorted(Path(folder or "").glob("*.arrow"))
+    if not files:
+        raise StageError(f"traces.search_trees: no dataset in {folder}")
+    return hashlib.sha256("".join(_digest(str(file)) for file in files).encode()).hexdigest()
+
+
+def longest_trace(settings: Settings) -> int:
+    """Tokens of a trace that both the learner's rows and a model made here have room for."""
+    scratch = settings.base.model == "scratch"
+    return min(settings.sft.row_tokens, settings.base.scratch.context) if scratch else settings.sft.row_tokens
+
+
 def _generation(settings: Settings) -> dict[str, Any]:
     """What every stage that generates depends on."""
     longest = max(settings.rollouts.max_tokens, settings.evaluate.max_tokens)
@@ -60,7 +74,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("problems", 2, lambda round: (), _problem_settings, per_round=False),
     Stage(
         "base",
-        1,
+        2,
         lambda round: (_PROBLEMS,),
         lambda s: {
             "base": s.base.model_dump(mode="json"),
@@ -71,7 +85,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "rollouts",
-        1,
+        2,
         lambda round: (_PROBLEMS, _model(round)),
         lambda s: _generation(s) | {"rollouts": s.rollouts.model_dump(mode="json", exclude={"batch"}), "token": s.undo.token},
     ),
@@ -83,10 +97,13 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "traces",
-        1,
+        2,
         lambda round: (_PROBLEMS, _model(round), Input("rollouts", round, "rollouts"), Input("judge", round, "judge")),
         lambda s: {
             "traces": s.traces.model_dump(mode="json", exclude={"replay"}),
+            "longest": longest_trace(s),
+            "form": s.sft.form if s.traces.filters.loss.margin is not None else None,
+            "search_trees": _tree_digest(s.traces.search_trees) if s.traces.mix.search else None,
             "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
             "prompt": s.base.prompt,
             "seed": s.run.seed,
@@ -94,12 +111,12 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "sft",
-        1,
+        2,
         lambda round: (_PROBLEMS, _model(round), *(Input(f"traces-{r}", r, "traces") for r in range(1, round + 1))),
         lambda s: {
             "sft": s.sft.model_dump(mode="json"),
             "replay": s.traces.replay,
-            "token": s.undo.token,
+            "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
             "prompt": s.base.prompt,
             "seed": s.run.seed,
         },

@@ -74,6 +74,11 @@ class Codec:
         """Ids of a whole solution, the stop id included."""
         return (*self.encode(text), self.stop_id)
 
+    def plain_ids(self) -> tuple[int, ...]:
+        """Ids of all tokens but the special ones, of which U is one."""
+        special = set(self.tokenizer.all_special_ids) | {self.rule.undo_id, self.stop_id}
+        return tuple(token for token in range(len(self.tokenizer)) if token not in special)
+
     def decode(self, ids: Sequence[int]) -> Text:
         """Text of ids without the stop id and with undo tokens in their written form, and each token's characters."""
         ids = tuple(ids[:-1]) if ids and ids[-1] == self.stop_id else tuple(ids)

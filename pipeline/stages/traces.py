@@ -1,207 +1,193 @@
-"""Stage `traces`: self-generated backtrack traces. Judged wrong tries of a problem that share their right prefix become one
-row: prefix, wrong try, undo, .. correction. Ids that the model wrote stay as they are; only recomputed text is tokenised.
-"""
+"""Stage `traces`: backtrack traces from every source, filtered and mixed, with clean rows beside them."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from datasets import Features, List, Value
 
-from pipeline.backtrack.trace import Trace, WrongTry, build_trace, targets
+from pipeline.backtrack.trace import Role
 from pipeline.backtrack.undo import apply_undo
-from pipeline.stages.io import Codec, read_problems, read_rows, write_rows
+from pipeline.config import TraceMix
+from pipeline.stages.filters import HeldOut, Removed, keep, undo_helps
+from pipeline.stages.graph import longest_trace
+from pipeline.stages.io import Codec, read_problems, read_rows, write_json, write_rows
+from pipeline.stages.sources import (
+    Candidate,
+    Judged,
+    aligned_errors,
+    clean_row,
+    own_errors,
+    random_errors,
+    searched_errors,
+    sort_rollouts,
+)
 from pipeline.stages.stage import Context, StageError
 from pipeline.tasks.problem import Problem
-from verifiers.steps import token_span
 from verifiers.tasks import judge_of
 
 FEATURES = Features(
     {
+        "id": Value("string"),
         "problem": Value("string"),
         "family": Value("string"),
+        "split": Value("string"),
         "source": Value("string"),
         "correction": Value("string"),
         "rollouts": List(Value("string")),
+        "kinds": List(Value("string")),
         "errors": Value("int32"),
+        "undos": Value("int32"),
         "difficulty": Value("int32"),
+        "partner": Value("int32"),
         "input_ids": List(Value("int32")),
         "roles": List(Value("int8")),
-        "labels": List(Value("int32")),
     }
 )
-
-
-@dataclass(frozen=True)
-class Located:
-    """A judged wrong rollout, cut at its first error."""
-
-    rollout: str
-    problem: Problem
-    prompt: tuple[int, ...]
-    prefix: tuple[int, ...]
-    """Ids of the right steps before the wrong one."""
-    wrong_try: WrongTry
+"""`difficulty` is how many tokens of wrong tries are taken back; `partner` the row of the dataset below CLEAN that holds the same
+solution without its errors."""
+CLEAN = "clean"
+"""Folder of the partner rows below the stage's own folder."""
 
 
 def run(context: Context) -> None:
     settings = context.settings
     codec = Codec(context.inputs["model"], settings.undo, settings.base.prompt)
-    problems = {problem.id: problem for problem in read_problems(context.inputs["problems"], "train")}
-    dropped: Counter[str] = Counter()
-    rows: list[dict[str, Any]] = []
-    judged = read_rows(context.inputs["judge"])
+    every = read_problems(context.inputs["problems"])
+    problems = {problem.id: problem for problem in every if problem.split == "train"}
+    held_out, removed = HeldOut(every), Removed()
     with context.terminal.stage("traces", None) as progress:
         rollouts = read_rows(context.inputs["rollouts"])
-        right, wrong = _sort(zip(judged, rollouts, strict=True), problems, codec, dropped)
-        resampled = _resampled(judged, rollouts, codec)
-        for (problem_id, prefix), tries in sorted(wrong.items()):
-            problem = problems[problem_id]
-            source, correction = _correction(problem, prefix, right[problem_id], resampled.get((problem_id, prefix)), codec)
-            if correction is None:
-                dropped["no_correction"] += len(tries)
-                continue
-            for chosen in _chains(tries, settings.traces.max_errors, f"{settings.run.seed}/{problem_id}/{len(prefix)}"):
-                trace = build_trace(chosen[0].prompt, prefix, [one.wrong_try for one in chosen], correction, codec.rule)
-                surviving = apply_undo(trace.ids[trace.prompt_length :], codec.rule).surviving
-                if not judge_of(problem).correct(problem, codec.decode(surviving).text):
-                    dropped["ends_wrong"] += 1
-                    continue
-                rows.append(_row(problem, trace, "self", source, chosen, settings.traces.mask, codec))
-            progress.update(len(rows))
-    if not rows:
-        raise StageError("traces: no wrong rollout could be made into a trace; raise rollouts.problems or rollouts.samples")
-    found = len(rows)
-    rows += _clean_rows(rows, problems, codec, settings.traces.clean_ratio, settings.run.seed)
+        judged = sort_rollouts(read_rows(context.inputs["judge"]), rollouts, problems, codec)
+        traces = _mixed(context, judged, problems, codec, held_out, removed)
+        progress.update(len(traces))
+    if not traces:
+        raise StageError(
+            "traces: no trace is left; raise rollouts.problems, rollouts.samples or traces.mix, or lower traces.filters: "
+            + (
+                ", ".join(f"{count} by {name}" for name, count in (removed.by_filter() | judged.dropped).items())
+                or "no wrong rollout"
+            )
+        )
+    partners = _partners(traces, codec)
+    clean = _clean_rows(partners, problems, codec, round(settings.traces.clean_ratio * len(traces)), settings.run.seed)
+    places = {one.trace.ids: place for place, one in enumerate(partners)}
+    rows = [
+        _row(f"{context.round}.{number}", one, places.get(_surviving(one, codec), -1))
+        for number, one in enumerate([*traces, *clean])
+    ]
     write_rows(rows, FEATURES, context.out)
-    context.counts.update(rows=len(rows), traces=found, clean=len(rows) - found, **dropped)
+    write_rows([_row(f"{CLEAN}.{place}", one, place) for place, one in enumerate(partners)], FEATURES, context.out / CLEAN)
+    write_json(removed_json(removed), context.out / "removed.json")
+    context.counts.update(rows=len(rows), traces=len(traces), clean=len(clean), partners=len(partners))
+    context.counts.update({f"removed_{name}": count for name, count in removed.by_filter().items()}, **judged.dropped)
 
 
-def _sort(
-    pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]],
+def removed_json(removed: Removed) -> list[dict[str, Any]]:
+    return [{"filter": name, "source": source, "count": count} for (name, source), count in sorted(removed.counts.items())]
+
+
+def _mixed(
+    context: Context,
+    judged: Judged,
     problems: Mapping[str, Problem],
     codec: Codec,
-    dropped: Counter[str],
-) -> tuple[dict[str, list[tuple[int, ...]]], dict[tuple[str, tuple[int, ...]], list[Located]]]:
-    """Right completions by problem, and wrong tries by problem and right prefix."""
-    right: dict[str, list[tuple[int, ...]]] = defaultdict(list)
-    wrong: dict[tuple[str, tuple[int, ...]], list[Located]] = defaultdict(list)
-    for verdict, rollout in pairs:
-        problem = problems[verdict["problem"]]  # training problems alone: a test problem is a KeyError here
-        if verdict["correct"]:
-            if verdict["error_step"] < 0 and rollout["finish"] == "stop":
-                right[problem.id].append(tuple(rollout["token_ids"]))
-        elif verdict["try_start"] < 0:
-            dropped["not_located"] += 1
-        elif (one := locate(verdict, rollout, problem, codec)) is None:
-            dropped["inside_a_token"] += 1
-        else:
-            wrong[problem.id, one.prefix].append(one)
-    return right, wrong
+    held_out: HeldOut,
+    removed: Removed,
+) -> list[Candidate]:
+    """Traces of every source that the mix asks for, in its ratios as far as they go."""
+    settings = context.settings.traces
+    mix, seed = settings.mix, context.settings.run.seed
 
+    def passing(candidates: Iterable[Candidate]) -> list[Candidate]:
+        sound = (one for one in candidates if _ends_right(one, codec, removed))
+        kept = list(keep(sound, settings.filters, longest_trace(context.settings), held_out, removed))
+        if settings.filters.loss.margin is not None and kept:
+            rewinds = context.settings.sft.form != "soft"
+            folder = context.inputs["model"]
+            kept = undo_helps(
+                kept, settings.filters.loss, rewinds, codec, lambda rows: context.workers.probe(folder, rows), removed
+            )
+        return kept
 
-def _resampled(
-    judged: Iterable[Mapping[str, Any]], rollouts: Iterable[Mapping[str, Any]], codec: Codec
-) -> dict[tuple[str, tuple[int, ...]], tuple[int, ...]]:
-    """(problem, right prefix) -> a right completion of it that the judge sampled when it looked for the first error."""
-    found = {}
-    for verdict, rollout in zip(judged, rollouts, strict=True):
-        if verdict["continuation"] and verdict["try_start"] == verdict["steps"][verdict["error_step"]][0]:
-            text = codec.decode(rollout["token_ids"])
-            cut = token_span(text.offsets, verdict["try_start"], verdict["try_start"] + 1)[0]
-            found[verdict["problem"], text.ids[:cut]] = tuple(verdict["continuation"])
-    return found
+    def some(candidates: Sequence[Candidate], count: int, source: str) -> list[Candidate]:
+        if len(candidates) <= count:
+            return list(candidates)
+        picked = random.Random(f"{seed}/{source}").sample(range(len(candidates)), count)
+        return [candidates[i] for i in sorted(picked)]
 
-
-def locate(verdict: Mapping[str, Any], rollout: Mapping[str, Any], problem: Problem, codec: Codec) -> Located | None:
-    """Cut a wrong rollout at its first error; None when a token spans the border of the wrong step."""
-    text = codec.decode(rollout["token_ids"])
-    cut = next((i for i, (_, end) in enumerate(text.offsets) if end > verdict["try_start"]), len(text.ids))
-    if cut < len(text.offsets) and text.offsets[cut][0] < verdict["try_start"]:
-        return None
-    own = text.ids[cut:]
-    if verdict["try_own"]:
-        end = verdict["try_start"] + len(verdict["try_text"])
-        own = tuple(token for token, (start, _) in zip(own, text.offsets[cut:], strict=True) if start < end)
-        piece = codec.decode(own)
-        if piece.text != verdict["try_text"]:
-            return None
-    else:
-        own = codec.encode(verdict["try_text"])
-        piece = codec.decode(own)
-    marks = [False] * len(own)
-    for start, end in verdict["try_wrong"]:
-        first, last = token_span(piece.offsets, start, end)
-        marks[first:last] = [True] * (last - first)
-    if not any(marks):
-        return None
-    return Located(rollout["id"], problem, tuple(rollout["prompt_ids"]), text.ids[:cut], WrongTry(own, tuple(marks)))
-
-
-def _chains(tries: Sequence[Located], most: int, seed: str) -> list[list[Located]]:
-    """Each different try leads one trace; behind it come 0 to `most` - 1 other tries of the same state, drawn at random."""
-    unique = list({one.wrong_try.ids: one for one in tries}.values())
-    rng = random.Random(seed)
-    chains = []
-    for first in unique:
-        others = [one for one in unique if one is not first]
-        length = rng.randint(0, min(most - 1, len(others)))
-        chains.append([first, *rng.sample(others, length)])
-    return chains
-
-
-def _correction(
-    problem: Problem,
-    prefix: tuple[int, ...],
-    right: Sequence[tuple[int, ...]],
-    resampled: tuple[int, ...] | None,
-    codec: Codec,
-) -> tuple[str, tuple[int, ...] | None]:
-    """A right continuation of the prefix: the model's own words, of a right sibling or sampled anew, else the task's."""
-    for ids in right:
-        if ids[: len(prefix)] == prefix:
-            return "sibling", ids[len(prefix) :]
-    if resampled:
-        return "resampled", resampled
-    text = judge_of(problem).continuation(problem, codec.decode(prefix).text)
-    return "gold", None if text is None else codec.solution_ids(text)
-
-
-def _row(
-    problem: Problem, trace: Trace, source: str, correction: str, tries: Sequence[Located], mask: Any, codec: Codec
-) -> dict[str, Any]:
-    return {
-        "problem": problem.id,
-        "family": problem.family,
-        "source": source,
-        "correction": correction,
-        "rollouts": [one.rollout for one in tries],
-        "errors": len(tries),
-        "difficulty": sum(len(one.wrong_try.ids) for one in tries),
-        "input_ids": trace.ids,
-        "roles": trace.roles,
-        "labels": targets(trace, mask),
+    own = passing(own_errors(judged, False, settings, codec, seed)) if mix.self else []
+    unit = len(own) or len(problems)
+    traces = some(own, round(mix.self * unit), "self")
+    sources = {
+        "near_miss": lambda count: own_errors(judged, True, settings, codec, seed),
+        "random": lambda count: random_errors(judged, list(problems.values()), count, settings, codec, seed),
+        "aligned": lambda count: aligned_errors(judged, problems, codec, seed),
+        "search": lambda count: searched_errors(settings.search_trees or "", problems, settings, codec),
     }
+    assert {"self", *sources} == set(TraceMix.model_fields)
+    for source, make in sources.items():
+        count = round(getattr(mix, source) * unit)
+        if count:
+            traces += some(passing(make(count)), count, source)
+    return traces
+
+
+def _ends_right(one: Candidate, codec: Codec, removed: Removed) -> bool:
+    """Whether what survives solves the problem: a correction may come from anywhere, and none is trusted."""
+    ids = _surviving(one, codec)[one.trace.prompt_length :]
+    right = judge_of(one.problem).correct(one.problem, codec.decode(ids).text)
+    if not right:
+        removed.counts["ends_wrong", one.source] += 1
+    return right
+
+
+def _surviving(one: Candidate, codec: Codec) -> tuple[int, ...]:
+    start = one.trace.prompt_length
+    return one.trace.ids[:start] + apply_undo(one.trace.ids[start:], codec.rule).surviving
+
+
+def _partners(traces: Sequence[Candidate], codec: Codec) -> list[Candidate]:
+    """The same solutions without their errors, each once."""
+    found: dict[tuple[int, ...], Candidate] = {}
+    for one in traces:
+        ids, start = _surviving(one, codec), one.trace.prompt_length
+        found.setdefault(ids, clean_row(one.problem, ids[start:], ids[:start], one.correction))
+    return list(found.values())
 
 
 def _clean_rows(
-    traces: Sequence[Mapping[str, Any]], problems: Mapping[str, Problem], codec: Codec, ratio: float, seed: int
-) -> list[dict[str, Any]]:
-    """Gold solutions without errors, `ratio` for each trace: of the same problems first, then of others."""
+    partners: Sequence[Candidate], problems: Mapping[str, Problem], codec: Codec, count: int, seed: int
+) -> list[Candidate]:
+    """`count` rows without errors: partners of traces first, then gold solutions of other problems, then all over again."""
     rng = random.Random(f"{seed}/clean")
-    same = sorted({row["problem"] for row in traces})
-    others = sorted(set(problems) - set(same))
+    same = list(partners)
+    others = sorted(set(problems) - {one.problem.id for one in partners})
     rng.shuffle(same)
     rng.shuffle(others)
-    order = same + others
-    wanted = round(ratio * len(traces))
-    picked = [problems[order[i % len(order)]] for i in range(wanted)]
-    rows = []
-    for problem in picked:
-        trace = build_trace(codec.prompt_ids(problem), (), (), codec.solution_ids(problem.solution), codec.rule)
-        rows.append(_row(problem, trace, "clean", "gold", (), "decision", codec))
-    return rows
+    rows = same[:count]
+    for problem in (problems[name] for name in others[: count - len(rows)]):
+        rows.append(clean_row(problem, codec.solution_ids(problem.solution), codec.prompt_ids(problem), "gold"))
+    return [rows[number % len(rows)] for number in range(count)]
+
+
+def _row(name: str, one: Candidate, partner: int) -> dict[str, Any]:
+    roles = one.trace.roles
+    return {
+        "id": name,
+        "problem": one.problem.id,
+        "family": one.problem.family,
+        "split": one.problem.split,
+        "source": one.source,
+        "correction": one.correction,
+        "rollouts": one.rollouts,
+        "kinds": one.kinds,
+        "errors": len(one.kinds),
+        "undos": roles.count(Role.UNDO),
+        "difficulty": roles.count(Role.ERROR) + roles.count(Role.CONSEQUENCE),
+        "partner": partner,
+        "input_ids": one.trace.ids,
+        "roles": roles,
+    }

@@ -12,22 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.backtrack.inject import Injected, align, aligned_injection, random_injection, trivial_ids
-from pipeline.backtrack.trace import IGNORE, Role, Trace, targets
+from pipeline.backtrack.layout import IGNORE
+from pipeline.backtrack.targets import Targets
+from pipeline.backtrack.trace import Role, Trace
 from pipeline.backtrack.undo import UndoRule, Unit, apply_undo
+from tests.pipeline.tiny import labels_of
 
 U, STOP, END, EQUALS = 9, 8, 0, 7
 UNITS: tuple[Unit, ...] = ("token", "step", "all")
 rules = st.builds(UndoRule, st.just(U), st.sampled_from(UNITS), st.just(frozenset({END})))
 tokens = st.sampled_from([END, 1, 2, 3, EQUALS])
 solutions = st.builds(lambda ids, stop: [*ids, *stop], st.lists(tokens, max_size=12), st.sampled_from([[], [STOP]])).filter(bool)
-prompts = st.lists(tokens, max_size=3)
+prompts = st.lists(tokens, min_size=1, max_size=3)
 steps = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=3), max_size=4)
 
 
 def taught_well(trace: Trace, solution: Sequence[int], rule: UndoRule) -> None:
     """Each target judged by the text that stands before it: right text asks for the solution's next token, wrong text for U."""
     completion = trace.ids[trace.prompt_length :]
-    for at, target in enumerate(targets(trace, "decision")[trace.prompt_length :]):
+    for at, target in enumerate(labels_of(trace, rule, Targets())[trace.prompt_length :]):
         state = list(apply_undo(completion[:at], rule).surviving)
         right = state == list(solution[: len(state)])
         if target == U:
@@ -196,7 +199,7 @@ def test_what_makes_a_difference(right: list[int], wrong: list[int], expected: t
         ([], [], [1], "the solution is empty"),
         ([], [1], [], "the wrong solution is empty"),
         ([U], [1], [2], "the prompt holds the undo token"),
-        ([], [1, U], [2], "the correction holds the undo token"),
+        ([], [1, U], [2], "the solution holds the undo token"),
         ([], [1, END, U, END, 2], [1, END, U, END, 3], "the wrong solution holds the undo token"),
     ],
 )

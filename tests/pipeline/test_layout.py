@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
-from pipeline.backtrack.layout import Segment, action_logprobs, hard, intervals, lay_out, rewind, soft
-from pipeline.backtrack.trace import IGNORE, WrongTry, build_trace
-from pipeline.backtrack.tree import ROOT, TokenTree, Walk, grow, trace_walk
-from tests.pipeline.tiny import VOCABULARY, U, forward, rule, score, slow_logprobs, tiny_model
+from pipeline.backtrack.layout import IGNORE, Segment, action_logprobs, hard, intervals, lay_out, rewind, soft
+from pipeline.backtrack.targets import Targets, trace_walk
+from pipeline.backtrack.trace import WrongTry
+from pipeline.backtrack.tree import ROOT, TokenTree, Walk, grow
+from tests.pipeline.tiny import VOCABULARY, U, forward, rule, score, slow_logprobs, tiny_model, trace_at
 
 model_of = functools.cache(tiny_model)
 parents = st.lists(st.integers(0, 10**6), max_size=24).map(
@@ -160,7 +161,7 @@ def test_bans_are_renormalised() -> None:
 
 def test_labels_of_traces_and_repeats() -> None:
     """Unit `all` writes the prefix again, in the same states: on the tree it is taught once, in a row it is another place."""
-    walk = trace_walk(build_trace([5], [1, 2], [WrongTry((4,), (True,))], [6], rule("all")), "decision")
+    walk = trace_walk(trace_at([5], [1, 2], [WrongTry((4,), (True,))], [6], rule("all")), rule("all"), Targets())
     assert walk.ids == (1, 2, 4, U, 1, 2, 6)
     twice = lay_out([[rewind(grow([walk], rule("all")))]])
     once = lay_out([[rewind(grow([walk], rule("all")), once=True)]])

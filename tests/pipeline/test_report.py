@@ -331,8 +331,9 @@ def stage_inputs(folder: Path, settings: Settings) -> dict[str, Path]:
     ]
     made = [
         {"problem": "made/train/boxes", "family": "boxes", "source": source, "correction": "gold", "rollouts": used}
-        | {"errors": len(used), "difficulty": 3, "input_ids": [1], "roles": [0], "labels": [-100]}
-        for source, used in (("self", ["boxes#1"]), ("clean", []))
+        | {"errors": len(used), "difficulty": undone, "input_ids": [1] * tokens, "roles": [0], "id": "", "split": "train"}
+        | {"kinds": [], "undos": len(used), "partner": 0}
+        for source, used, undone, tokens in (("self", ["boxes#1"], 5, 300), ("clean", [], 0, 64))
     ]
     sampled = [
         {
@@ -341,7 +342,7 @@ def stage_inputs(folder: Path, settings: Settings) -> dict[str, Path]:
             "prompt_ids": [1],
             "token_ids": codec.encode(WRITTEN[row["id"].split("#")[0]][0]),
         }
-        | {"logprobs": [], "finish": "stop", "version": ""}
+        | {"logprobs": [], "finish": "stop", "hot": False, "version": ""}
         for row in judged
     ]
     done = []
@@ -360,6 +361,7 @@ def stage_inputs(folder: Path, settings: Settings) -> dict[str, Path]:
         "sft-1": folder / "sft",
         "evaluate-1": rows("evaluate", [asdict(row) for row in done], evaluate.ROWS),
     }
+    write_json([{"filter": "length", "source": "self", "count": 4}], folder / "traces" / "removed.json")
     (folder / "sft").mkdir()
     write_json({"losses": [[5, 0.5]], "checks": [], "step": 5, "tokens": 80}, folder / "sft" / "curve.json")
     write_json(summarise(done, probed(), 1, 0.0) | {"accepted": True}, folder / "evaluate" / "metrics.json")
@@ -422,6 +424,9 @@ class TestStage:
         }
         made = {"traces": 1, "clean rows": 1, "source self": 1, "correction gold": 1, "1 error": 1}
         assert tables["round 1: training rows"] == made
+        sizes = {name: count for name, count in tables["round 1: training rows by source"].items() if count}
+        assert sizes == {"rows": 2, "8 or fewer undone": 1, "64 or fewer tokens": 1, "over 256 tokens": 1}
+        assert tables["round 1: left out by filter"] == {"length": 4}
 
     def test_first_errors_are_marked_and_counted_by_step(self, written: tuple[Path, dict[str, int]]) -> None:
         html = (written[0] / "out" / "report.html").read_text()

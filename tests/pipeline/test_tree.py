@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from pipeline.backtrack.layout import hard, rewind, soft
-from pipeline.backtrack.trace import Role, WrongTry, build_trace
-from pipeline.backtrack.tree import Action, Rewinding, TokenTree, Walk, grow, trace_walk
+from pipeline.backtrack.targets import Targets, trace_walk
+from pipeline.backtrack.trace import Role, WrongTry
+from pipeline.backtrack.tree import Action, Rewinding, TokenTree, Walk, grow
 from pipeline.backtrack.undo import Unit, apply_undo
-from tests.pipeline.tiny import FORMS, U, decisions, plain, rule, score, slow_logprobs, tiny_model
+from tests.pipeline.tiny import FORMS, U, decisions, plain, rule, score, slow_logprobs, tiny_model, trace_at
 
 MODELS = ["llama", "qwen2", "gpt2"]
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -163,23 +164,24 @@ def test_hard_equals_a_mask_from_the_definition(
 
 def test_a_trace_becomes_a_wrong_and_a_right_branch() -> None:
     tries = [WrongTry((1, 2, 4), (True, False, True)), WrongTry((6,), (True,))]
-    trace = build_trace([5], [2, 3], tries, [0, 3], rule("step"))
-    walk = trace_walk(trace, "decision")
+    trace = trace_at([5], [2, 3], tries, [0, 3], rule("step"))
+    walk = trace_walk(trace, rule("step"), Targets())
     tree = grow([walk], rule("step"))
     assert [tree.path(node) for node in (5, 6, 8)] == [(5, 2, 3, 1, 2, 4), (5, 2, 3, 6), (5, 2, 3, 0, 3)]
     assert [(a.node, a.token) for a in tree.actions] == [
         (0, 2), (1, 3), (2, 1), (3, 2), (4, 4), (5, U), (2, 6), (6, U), (2, 0), (7, 3),
     ]  # fmt: skip
+    span = grow([trace_walk(trace, rule("step"), Targets("span"))], rule("step"))
     errors = [step for step, role in enumerate(trace.roles[1:]) if role == Role.ERROR]
-    assert [a.step for a in tree.actions if not a.trained] == errors == [2, 4, 6]
-    assert [a.step for a in grow([trace_walk(trace, "span")], rule("step")).actions if not a.trained] == [2, 3, 4, 6]
+    assert [a.step for a in tree.actions if not a.weight] == errors == [2, 4, 6]
+    assert [a.step for a in span.actions if not a.weight] == [2, 3, 4, 6]
 
 
 def test_what_is_known_of_a_walk_travels_with_its_actions() -> None:
-    walk = Walk((5,), (1, U, 2), (-0.5, -1.0, -2.0), (frozenset(), frozenset({3}), frozenset({1, U})), (False, True, False))
-    end = Action(2, U, 0, 2, True, True)
-    last = Action(0, 2, 0, 2, False, False, -2.0, frozenset({1, U}))
-    first = [Action(0, 1, 0, 0, False, False, -0.5), Action(1, U, 0, 1, True, False, -1.0, frozenset({3}))]
+    walk = Walk((5,), (1, U, 2), (-0.5, -1.0, -2.0), (frozenset(), frozenset({3}), frozenset({1, U})), weights=(0, 1, 0))
+    end = Action(2, U, 0, 2, 1, -1, True)
+    last = Action(0, 2, 0, 2, 0, -1, False, -2.0, frozenset({1, U}))
+    first = [Action(0, 1, 0, 0, 0, -1, False, -0.5), Action(1, U, 0, 1, 1, -1, False, -1.0, frozenset({3}))]
     assert grow([walk], rule("token"), "deferred").actions == (*first, end, last)
     assert grow([walk], rule("token"), "immediate").actions == (*first, last)
 

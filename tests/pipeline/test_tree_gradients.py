@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.backtrack.layout import Layout, Segment, hard, lay_out, rewind, soft
-from pipeline.backtrack.trace import IGNORE, Trace, WrongTry, build_trace
-from pipeline.backtrack.tree import Rewinding, Walk, grow, trace_walk
+from pipeline.backtrack.layout import IGNORE, Layout, Segment, hard, lay_out, rewind, soft
+from pipeline.backtrack.targets import Targets, trace_walk
+from pipeline.backtrack.trace import Trace, WrongTry
+from pipeline.backtrack.tree import Rewinding, Walk, grow
 from pipeline.backtrack.undo import Unit, apply_undo
-from tests.pipeline.tiny import U, forward, plain, rule, tiny_model
+from tests.pipeline.tiny import U, forward, plain, rule, tiny_model, trace_at
 
 UNITS: list[Unit] = ["token", "step", "all"]
 PROMPT, PREFIX, CORRECTION = [5, 2], [1, 3], [6, 0, 3]
@@ -25,11 +26,11 @@ model_of = functools.cache(tiny_model)
 
 
 def trace(unit: Unit) -> Trace:
-    return build_trace(PROMPT, PREFIX, TRIES, CORRECTION, rule(unit))
+    return trace_at(PROMPT, PREFIX, TRIES, CORRECTION, rule(unit))
 
 
 def taught(unit: Unit, rewinding: Rewinding = "immediate") -> Segment:
-    return rewind(grow([trace_walk(trace(unit), "decision")], rule(unit), rewinding), once=True)
+    return rewind(grow([trace_walk(trace(unit), rule(unit), Targets())], rule(unit), rewinding), once=True)
 
 
 def loss_of(logits: torch.Tensor, layout: Layout, labels: torch.Tensor, reduction: str = "sum") -> torch.Tensor:
@@ -50,14 +51,14 @@ def test_masked_decisions_have_no_logit_gradient_but_are_seen(name: str, unit: U
     With unit `token` and immediate rewinding there is no such place: in each wrong state a U is taught. Hence deferred.
     """
     model = model_of(name)
-    layout = lay_out([[taught(unit, "deferred") if form == "rewind" else soft(trace_walk(trace(unit), "decision"))]])
+    layout = lay_out([[taught(unit, "deferred") if form == "rewind" else soft(trace_walk(trace(unit), rule(unit), Targets()))]])
     out = forward(model, layout, output_hidden_states=True)
     out.logits.retain_grad()
     out.hidden_states[1].retain_grad()  # behind the first of two layers
     loss_of(out.logits, layout, layout.labels()).backward()
     model.zero_grad()
-    carrying = set(layout.column[layout.trained].tolist())
-    masked = set(layout.column[~layout.trained].tolist()) - carrying
+    carrying = set(layout.column[layout.weight > 0].tolist())
+    masked = set(layout.column[layout.weight == 0].tolist()) - carrying
     assert masked
     for place in masked:
         assert torch.equal(out.logits.grad[0, place], torch.zeros_like(out.logits.grad[0, place]))
@@ -87,9 +88,9 @@ def test_undo_looks_at_the_error(unit: Unit) -> None:
 def test_full_gradient_is_masked_plus_error(reduction: str) -> None:
     """True of sums. Means divide by numbers of targets that differ, so masking then also turns up what is left."""
     model = model_of("llama")
-    layout = lay_out([[soft(trace_walk(trace("step"), "decision"))]])
+    layout = lay_out([[soft(trace_walk(trace("step"), rule("step"), Targets()))]])
     logits = forward(model, layout).logits
-    error = torch.where(layout.trained, IGNORE, layout.target)
+    error = torch.where(layout.weight > 0, IGNORE, layout.target)
     full, masked, of_error = (
         gradient(model, loss_of(logits, layout, labels, reduction)) for labels in (layout.target, layout.labels(), error)
     )
@@ -113,11 +114,11 @@ def test_rewind_loss_is_clean_loss_plus_detection_loss(name: str, unit: Unit) ->
     """Loss and gradient: the ordinary fine-tuning of the surviving text, and the states that hold an error on top."""
     model, layout = model_of(name), lay_out([[taught(unit)]])
     loss = loss_of(forward(model, layout).logits, layout, layout.labels())
-    tree = grow([trace_walk(trace(unit), "decision")], rule(unit), "immediate")
+    tree = grow([trace_walk(trace(unit), rule(unit), Targets())], rule(unit), "immediate")
     right = clean_ids(unit)
     parts = [clean_loss(model, right, len(PROMPT))]
     detected = {
-        (tree.path(a.node), a.token) for a in tree.actions if a.trained and tree.path(a.node) != right[: tree.depth[a.node] + 1]
+        (tree.path(a.node), a.token) for a in tree.actions if a.weight and tree.path(a.node) != right[: tree.depth[a.node] + 1]
     }
     parts += [-plain(model, context)[-1, token] for context, token in sorted(detected)]
     assert len(parts) == 1 + {"token": 5, "step": 3, "all": 3}[unit]  # the U's, and the consequence 0
@@ -128,7 +129,7 @@ def test_rewind_loss_is_clean_loss_plus_detection_loss(name: str, unit: Unit) ->
 
 def test_only_rewinding_gives_the_clean_gradient() -> None:
     """On the correction's tokens: soft and hard rows show the model something that decoding from the clean state would not."""
-    model, walk = model_of("llama"), trace_walk(trace("token"), "decision")
+    model, walk = model_of("llama"), trace_walk(trace("token"), rule("token"), Targets())
     first = len(walk.ids) - len(CORRECTION)
     right = clean_ids("token")
     clean = gradient(model, clean_loss(model, right, len(right) - len(CORRECTION)))
@@ -144,4 +145,4 @@ def test_only_rewinding_gives_the_clean_gradient() -> None:
     assert cosine(rewind(grow([walk], rule("token"), "immediate"))) > 1 - 1e-12
     assert cosine(soft(walk)) < 0.99
     assert cosine(hard(walk, rule("token"))) < 0.99
-    assert cosine(soft(Walk(right[:2], right[2:], trained=None))) <= 1 + 1e-12
+    assert cosine(soft(Walk(right[:2], right[2:]))) <= 1 + 1e-12

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.backtrack.layout import Layout, Segment, action_logprobs, lay_out
+from pipeline.backtrack.layout import IGNORE, Layout, Segment, action_logprobs, lay_out
+from pipeline.backtrack.targets import Targets, trace_walk
+from pipeline.backtrack.trace import Detour, Trace, WrongTry, build_trace
 from pipeline.backtrack.tree import Rewinding, Walk
 from pipeline.backtrack.undo import UndoRule, Unit, apply_undo
 
@@ -18,6 +21,21 @@ FORMS: list[tuple[Unit, Rewinding]] = [("token", "immediate"), ("token", "deferr
 
 def rule(unit: Unit) -> UndoRule:
     return UndoRule(U, unit, frozenset({END}))
+
+
+def trace_at(
+    prompt: Sequence[int], prefix: Sequence[int], tries: Sequence[WrongTry], correction: Sequence[int], rule: UndoRule
+) -> Trace:
+    """A trace whose tries all leave the right way at the same place."""
+    return build_trace(prompt, [*prefix, *correction], [Detour(len(prefix), one) for one in tries], rule)
+
+
+def labels_of(trace: Trace, rule: UndoRule, targets: Targets) -> list[int]:
+    """A target for each token of a trace, IGNORE where none is taught."""
+    walk = trace_walk(trace, rule, targets)
+    assert walk.targets is not None and walk.weights is not None
+    wanted = [token if weight else IGNORE for token, weight in zip(walk.targets, walk.weights, strict=True)]
+    return [IGNORE] * trace.prompt_length + wanted
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa") -> Any:

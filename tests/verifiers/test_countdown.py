@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.backtrack.trace import Role, WrongTry, build_trace
+from pipeline.backtrack.trace import Detour, Role, WrongTry, build_trace
 from pipeline.backtrack.undo import UndoRule, apply_undo
 from pipeline.config import CountdownTask
 from pipeline.tasks import countdown
@@ -334,7 +334,7 @@ def test_an_undo_for_each_line_of_a_try() -> None:
     wrong = [any(start <= at < end for start, end in attempt.wrong) for at in range(len(tried))]
     prefix, correction = solution[: attempt.start], GOLD[attempt.start :]
     ids = [tuple(map(ord, text)) for text in ("", prefix, tried, correction)]
-    trace = build_trace(ids[0], ids[1], [WrongTry(ids[2], tuple(wrong))], ids[3], rule)
+    trace = build_trace(ids[0], ids[1] + ids[3], [Detour(len(prefix), WrongTry(ids[2], tuple(wrong)))], rule)
     assert trace.roles.count(Role.UNDO) == 2 and trace.roles.count(Role.ERROR) == len("10+7")
     assert "".join(map(chr, apply_undo(trace.ids, rule).surviving)) == GOLD
 

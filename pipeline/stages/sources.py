@@ -1,0 +1,277 @@
+"""Where traces come from: the model's own judged errors, hot samples close to a right step, random tokens, steps of wrong
+solutions, search trees. Called by the traces stage. Ids that the model wrote stay as they are; only recomputed text is tokenised.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.backtrack.harvest import SearchTree, harvest
+from pipeline.backtrack.inject import aligned_injection, random_injection, trivial_ids
+from pipeline.backtrack.trace import Detour, Role, Trace, WrongTry, build_trace
+from pipeline.config import TraceSettings
+from pipeline.stages.io import Codec, read_rows
+from pipeline.stages.stage import StageError
+from pipeline.tasks.problem import Problem
+from verifiers.steps import token_span
+from verifiers.tasks import judge_of
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trace with what is known of where it comes from."""
+
+    problem: Problem
+    source: str
+    trace: Trace
+    correction: str = ""
+    """Whose words the right way is in: sibling (another rollout), resampled (by the judge), gold, or search."""
+    rollouts: tuple[str, ...] = ()
+    """Rollouts its errors were made in."""
+    kinds: tuple[str, ...] = ()
+    """Kinds of these errors, as judged."""
+    continued: Ids = ()
+    """How the model went on behind the last error instead of undoing it, where it is known."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """A judged wrong rollout, cut at its first error."""
+
+    rollout: str
+    problem: Problem
+    kind: str
+    hot: bool
+    prompt: Ids
+    prefix: Ids
+    """Ids of the right steps before the wrong one."""
+    wrong_try: WrongTry
+    continued: Ids
+
+
+@dataclass
+class Judged:
+    """The rollouts of a round by what became of them."""
+
+    right: dict[str, list[Ids]] = field(default_factory=lambda: defaultdict(list))
+    """Finished right completions by problem."""
+    wrong: dict[str, list[Located]] = field(default_factory=lambda: defaultdict(list))
+    """Wrong tries by problem."""
+    wholly_wrong: dict[str, list[tuple[str, Ids]]] = field(default_factory=lambda: defaultdict(list))
+    """(rollout, completion) of wrong rollouts by problem."""
+    resampled: dict[tuple[str, Ids], Ids] = field(default_factory=dict)
+    """(problem, right prefix) -> a right continuation that the judge sampled when it looked for the first error."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Why wrong rollouts could not be located."""
+
+
+def sort_rollouts(
+    verdicts: Iterable[Mapping[str, Any]], rollouts: Iterable[Mapping[str, Any]], problems: Mapping[str, Problem], codec: Codec
+) -> Judged:
+    """Sort the judged rollouts of a round. Training problems alone: any other is a KeyError."""
+    judged = Judged()
+    for verdict, rollout in zip(verdicts, rollouts, strict=True):
+        problem = problems[verdict["problem"]]
+        if verdict["correct"]:
+            if verdict["error_step"] < 0 and rollout["finish"] == "stop":
+                judged.right[problem.id].append(tuple(rollout["token_ids"]))
+            continue
+        judged.wholly_wrong[problem.id].append((rollout["id"], tuple(rollout["token_ids"])))
+        if verdict["try_start"] < 0:
+            judged.dropped["not_located"] += 1
+        elif (one := locate(verdict, rollout, problem, codec)) is None:
+            judged.dropped["inside_a_token"] += 1
+        else:
+            judged.wrong[problem.id].append(one)
+            if verdict["continuation"] and verdict["try_start"] == verdict["steps"][verdict["error_step"]][0]:
+                judged.resampled[problem.id, one.prefix] = tuple(verdict["continuation"])
+    return judged
+
+
+def locate(verdict: Mapping[str, Any], rollout: Mapping[str, Any], problem: Problem, codec: Codec) -> Located | None:
+    """Cut a wrong rollout at its first error; None when a token spans the border of the wrong step."""
+    text = codec.decode(rollout["token_ids"])
+    cut = next((i for i, (_, end) in enumerate(text.offsets) if end > verdict["try_start"]), len(text.ids))
+    if cut < len(text.offsets) and text.offsets[cut][0] < verdict["try_start"]:
+        return None
+    own = text.ids[cut:]
+    continued: Ids = ()
+    inner: tuple[Detour, ...] = ()
+    if verdict["try_own"]:
+        end = verdict["try_start"] + len(verdict["try_text"])
+        tried = tuple(token for token, (start, _) in zip(own, text.offsets[cut:], strict=True) if start < end)
+        piece = codec.decode(tried)
+        if piece.text != verdict["try_text"]:
+            return None
+        continued = own[len(tried) :]
+    else:
+        tried = codec.encode(verdict["try_text"])
+        piece = codec.decode(tried)
+    marks = [False] * len(tried)
+    for start, end in verdict["try_wrong"]:
+        first, last = token_span(piece.offsets, start, end)
+        marks[first:last] = [True] * (last - first)
+    if not any(marks):
+        return None
+    if not verdict["try_own"]:
+        inner = _second_error(own, tried, marks.index(True), codec)
+    return Located(
+        rollout["id"],
+        problem,
+        verdict.get("error_kind", ""),
+        rollout.get("hot", False),
+        tuple(rollout["prompt_ids"]),
+        text.ids[:cut],
+        WrongTry(tried, tuple(marks), inner),
+        continued,
+    )
+
+
+def _second_error(own: Ids, tried: Ids, decision: int, codec: Codec) -> tuple[Detour, ...]:
+    """The false number by which the model's own words leave the right inferences from its wrong decision."""
+    shared = next((at for at, (a, b) in enumerate(zip(own, tried, strict=False)) if a != b), min(len(own), len(tried)))
+    end = shared
+    while end < len(own) and codec.decode((own[end],)).text.strip().isdigit():
+        end += 1
+    if shared <= decision or shared == end or shared == len(tried):
+        return ()
+    return (Detour(shared, WrongTry(own[shared:end], (True,) * (end - shared))),)
+
+
+def own_errors(judged: Judged, hot: bool, settings: TraceSettings, codec: Codec, seed: int) -> Iterator[Candidate]:
+    """Every different wrong try of the model leads one trace. With it come other tries, drawn at random, that leave the same
+    right way there or elsewhere."""
+    for problem_id in sorted(judged.wrong):
+        tries = [one for one in judged.wrong[problem_id] if one.hot == hot]
+        unique = list({(one.prefix, one.wrong_try.ids): one for one in tries}.values())
+        rng = random.Random(f"{seed}/{problem_id}/{hot}")
+        for first in unique:
+            correction, way = _right_way(first, judged, codec)
+            if way is None:
+                judged.dropped["no_correction"] += 1
+                continue
+            solution = first.prefix + way
+            if hot and _nearness(first, way, codec) < settings.nearness:
+                judged.dropped["not_near"] += 1
+                continue
+            others = [one for one in unique if one is not first and _leaves(one, solution)]
+            chosen = [first, *rng.sample(others, rng.randint(0, min(settings.max_errors - 1, len(others))))]
+            yield Candidate(
+                first.problem,
+                "near_miss" if hot else "self",
+                _trace(first.prompt, solution, chosen, codec),
+                correction,
+                tuple(one.rollout for one in chosen),
+                tuple(one.kind for one in chosen),
+                max(enumerate(chosen), key=lambda pair: (len(pair[1].prefix), pair[0]))[1].continued,  # the last one emitted
+            )
+
+
+def _trace(prompt: Ids, solution: Ids, chosen: Sequence[Located], codec: Codec) -> Trace:
+    detours = [Detour(len(one.prefix), one.wrong_try) for one in chosen]
+    try:
+        return build_trace(prompt, solution, detours, codec.rule)
+    except ValueError:  # with this unit a second error cannot be taken back without the first
+        plain = [replace(detour, wrong_try=replace(detour.wrong_try, inner=())) for detour in detours]
+        return build_trace(prompt, solution, plain, codec.rule)
+
+
+def _right_way(one: Located, judged: Judged, codec: Codec) -> tuple[str, Ids | None]:
+    """A right continuation of the prefix: the model's own words, of a right sibling or sampled anew, else the task's."""
+    for ids in judged.right[one.problem.id]:
+        if ids[: len(one.prefix)] == one.prefix:
+            return "sibling", ids[len(one.prefix) :]
+    if resampled := judged.resampled.get((one.problem.id, one.prefix)):
+        return "resampled", resampled
+    text = judge_of(one.problem).continuation(one.problem, codec.decode(one.prefix).text)
+    return "gold", None if text is None else codec.solution_ids(text)
+
+
+def _leaves(one: Located, solution: Ids) -> bool:
+    """Whether the try stands beside this solution: the same way up to it, another one then."""
+    start = len(one.prefix)
+    return solution[:start] == one.prefix and solution[start : start + len(one.wrong_try.ids)] != one.wrong_try.ids
+
+
+def _nearness(one: Located, way: Ids, codec: Codec) -> float:
+    """Dice coefficient of the tokens of the wrong try and of as much of the right way, to the end of its first step."""
+    end = next((at for at, token in enumerate(way, start=1) if token in codec.rule.step_end_ids), len(way))
+    right, wrong = Counter(way[:end]), Counter(one.wrong_try.ids)
+    return 2 * (right & wrong).total() / (end + len(one.wrong_try.ids))
+
+
+def random_errors(
+    judged: Judged, problems: Sequence[Problem], count: int, settings: TraceSettings, codec: Codec, seed: int
+) -> Iterator[Candidate]:
+    """`count` traces with random tokens in a right solution: the model's own where it has one, else gold."""
+    drawn = codec.plain_ids()
+    for number in range(count):
+        problem = problems[number % len(problems)]
+        rng = random.Random(f"{seed}/random/{number}/{problem.id}")
+        own = judged.right.get(problem.id)
+        solution = rng.choice(own) if own else codec.solution_ids(problem.solution)
+        k = rng.randint(1, settings.random_tokens)
+        injected = random_injection(codec.prompt_ids(problem), solution, drawn, k, rng, codec.rule)
+        yield Candidate(problem, "random", injected.trace, "sibling" if own else "gold", kinds=("random",))
+
+
+def aligned_errors(judged: Judged, problems: Mapping[str, Problem], codec: Codec, seed: int) -> Iterator[Candidate]:
+    """For every wrong rollout its first step that differs from the aligned step of a right solution of the same problem."""
+    trivial = trivial_ids({token: codec.decode((token,)).text for token in codec.plain_ids()})
+    for problem_id in sorted(judged.wholly_wrong):
+        problem = problems[problem_id]
+        rng = random.Random(f"{seed}/aligned/{problem_id}")
+        for rollout, ids in judged.wholly_wrong[problem_id]:
+            own = judged.right.get(problem_id)
+            solution = rng.choice(own) if own else codec.solution_ids(problem.solution)
+            injected = aligned_injection(
+                codec.prompt_ids(problem),
+                solution,
+                ids,
+                codec.rule.step_end_ids,
+                codec.rule,
+                stop_id=codec.stop_id,
+                trivial=trivial,
+            )
+            if injected is None:
+                judged.dropped["not_aligned"] += 1
+                continue
+            yield Candidate(problem, "aligned", injected.trace, "sibling" if own else "gold", (rollout,), ("aligned",))
+
+
+def searched_errors(folder: str, problems: Mapping[str, Problem], settings: TraceSettings, codec: Codec) -> Iterator[Candidate]:
+    """Traces of search trees: a dataset with the columns problem, prompt_ids, parent, ids, value, right (1, 0, or -1 where the
+    node ends no solution)."""
+    try:
+        rows = read_rows(Path(folder))
+    except (OSError, ValueError) as error:
+        raise StageError(f"traces.search_trees: no dataset in {folder}: {' '.join(str(error).split())[:200]}") from error
+    columns = {"problem", "prompt_ids", "parent", "ids", "value", "right"}
+    if missing := columns - set(rows.column_names):
+        raise StageError(f"traces.search_trees: {folder} lacks the columns {', '.join(sorted(missing))}")
+    for row in rows:
+        if row["problem"] not in problems:
+            raise StageError(f"traces.search_trees: {row['problem']!r} is no training problem")
+        ends = tuple(None if end < 0 else bool(end) for end in row["right"])
+        try:
+            tree = SearchTree(tuple(row["parent"]), tuple(map(tuple, row["ids"])), tuple(row["value"]), ends)
+            found = harvest(tree, most=settings.max_errors)
+            if found is None:
+                continue
+            trace = build_trace(tuple(row["prompt_ids"]), *found, codec.rule)
+        except ValueError as error:
+            raise StageError(f"traces.search_trees: {row['problem']}: {error}") from error
+        yield Candidate(problems[row["problem"]], "search", trace, "search", kinds=("search",) * len(found[1]))
+
+
+def clean_row(problem: Problem, ids: Ids, prompt: Ids, correction: str) -> Candidate:
+    """A right solution without errors."""
+    roles = (Role.PROMPT,) * len(prompt) + (Role.CORRECTION,) * len(ids)
+    return Candidate(problem, "clean", Trace(prompt + ids, roles), correction)
