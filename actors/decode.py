@@ -1,0 +1,206 @@
+"""Decoding with undo on transformers: exact, batched, and ended after `max_tokens` ids whatever the model does.
+
+Rows rewind on their own in one ragged KV cache; pipeline/backtrack/cursor.py says what each of them sees and may emit. Rollouts
+and evaluation call it with token ids and get token ids; it knows no problems and no judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.ragged import RaggedCache
+from pipeline.backtrack.cursor import Cursor, Decoded, DecodeRequest, Decoding
+
+_PREFILL_TOKENS = 8192  # of one forward over prompts, padding included
+_REFILL = 8  # prompts are admitted when this part of the slots is free: a forward for each of them would cost more than it gives
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What one step of a batch has chosen."""
+
+    ids: Tensor
+    """[rows]"""
+    logprobs: Tensor
+    """[rows] Of those ids at temperature 1, bans renormalised."""
+    alternatives: Tensor
+    """[rows] Of the best ids other than those and U; -inf where not asked for."""
+
+
+@dataclass
+class _Row:
+    index: int  # of its request
+    cursor: Cursor
+    uniforms: list[list[float]]  # for each id emitted: for the id itself, and for whether a run before it ends
+
+
+class HfDecoder:
+    """Decodes with one transformers model.
+
+    Example:
+        decoded = HfDecoder(model, max_num_seqs=256, row_tokens=512).decode(requests, decoding)
+    """
+
+    def __init__(self, model: Any, max_num_seqs: int, row_tokens: int) -> None:
+        """`max_num_seqs` rows at a time, each with room for `row_tokens` tokens, prompt and emitted ones together.
+
+        Raises:
+            ValueError: a model whose attention would read the masks otherwise than they are meant.
+        """
+        config = model.config.get_text_config()
+        attention, window = config._attn_implementation, getattr(config, "sliding_window", None)
+        if attention != "sdpa":
+            raise ValueError(f"decoding with undo needs attention sdpa, the model was loaded with {attention}")
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and window and window < row_tokens:
+            raise ValueError(f"the model's attention slides over {window} tokens, rows may have {row_tokens}")
+        self.model = model
+        self._max_num_seqs, self._row_tokens = max_num_seqs, row_tokens
+        self._layers, self._vocab_size = config.num_hidden_layers, model.get_output_embeddings().weight.shape[0]
+
+    @torch.inference_mode()
+    def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding) -> list[Decoded]:
+        """One result a request, in the order of the requests; no row's result depends on the others.
+
+        Raises:
+            ValueError: a request that `Cursor` refuses, or that has no room in a row.
+        """
+        cursors = [Cursor(request, decoding, self._vocab_size) for request in requests]
+        longest = max((cursor.length for cursor in cursors), default=0) + decoding.max_tokens
+        if longest > self._row_tokens:
+            raise ValueError(f"prompt and max_tokens need {longest} tokens, rows have room for {self._row_tokens}")
+        # Rows of like length at a time: fewer padding columns.
+        waiting = sorted(range(len(requests)), key=lambda index: cursors[index].length, reverse=True)
+        slots = min(self._max_num_seqs, len(requests))
+        cache = RaggedCache(self._layers, slots, longest)
+        rows: list[_Row] = []
+        done: dict[int, Decoded] = {}
+        while waiting or rows:
+            free = slots - len(rows)
+            if waiting and (not rows or free >= min(len(waiting), -(-slots // _REFILL))):
+                new = [waiting.pop() for _ in range(min(free, len(waiting)))]
+                self._prefill(cache, len(rows), [cursors[index].visible for index in new])
+                rows += [_Row(index, cursors[index], _uniforms(requests[index].seed, decoding)) for index in new]
+            self._step(cache, rows, decoding)
+            done.update((row.index, row.cursor.result()) for row in rows if row.cursor.finish)
+            rows = _leave(cache, rows)
+        return [done[index] for index in range(len(requests))]
+
+    def _prefill(self, cache: RaggedCache, start: int, prompts: list[tuple[int, ...]]) -> None:
+        """Write prompts, shortest first, into the slots from `start` on. Their last ids are left to the first step."""
+        while prompts:
+            count = 1
+            while count < len(prompts) and (count + 1) * len(prompts[count]) <= _PREFILL_TOKENS:
+                count += 1
+            group, prompts = prompts[:count], prompts[count:]
+            width = len(group[-1]) - 1
+            if width:
+                device = self.model.device
+                # Padding is on the right, where the causal mask hides it from the prompt and later masks hide it from the rest.
+                padded = [[*ids[:-1], *[ids[-1]] * (width + 1 - len(ids))] for ids in group]
+                cache.expect_prompts(start)
+                self.model(
+                    input_ids=torch.tensor(padded, device=device),
+                    position_ids=torch.arange(width, device=device).expand(count, width),
+                    attention_mask=torch.ones(width, width, dtype=torch.bool, device=device).tril()[None, None],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+            start += count
+
+    def _step(self, cache: RaggedCache, rows: list[_Row], decoding: Decoding) -> None:
+        """One forward over each row's last visible id; a row that has just been rewound feeds again what is on top there."""
+        device, cursors = self.model.device, [row.cursor for row in rows]
+        lengths = [cursor.length for cursor in cursors]
+        longest = max(lengths)
+        last_B, lengths_B = torch.tensor([[cursor.last for cursor in cursors], lengths], device=device)
+        columns_B = lengths_B - 1
+        cache.expect_tokens(columns_B, longest)
+        logits_BV = self.model(
+            input_ids=last_B.unsqueeze(1),
+            position_ids=columns_B.unsqueeze(1),
+            attention_mask=(torch.arange(longest, device=device) < lengths_B.unsqueeze(1))[:, None, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        choices = choose(logits_BV, rows, decoding)
+        columns = (choices.ids.tolist(), choices.logprobs.tolist(), choices.alternatives.tolist())
+        for cursor, token, logprob, alternative in zip(cursors, *columns, strict=True):
+            cursor.take(token, logprob, alternative)
+
+
+def choose(logits_BV: Tensor, rows: Sequence[_Row], decoding: Decoding) -> Choices:
+    """The next id of every row: forced, U by the threshold, or the model's choice without the bans."""
+    device, undo_id = logits_BV.device, decoding.rule.undo_id
+    if logits_BV.dtype not in (torch.float32, torch.float64):
+        logits_BV = logits_BV.float()
+    picked = [-1 if row.cursor.forced is None else row.cursor.forced for row in rows]
+    if decoding.threshold is not None and decoding.mode != "forbidden":
+        p_undo = torch.exp(logits_BV[:, undo_id] - logits_BV.logsumexp(-1)).tolist()
+        for index, row in enumerate(rows):
+            if picked[index] < 0 and row.cursor.decides(p_undo[index]):
+                picked[index] = undo_id
+    logits_BV = logits_BV.clone()  # the model's output is not ours to write to
+    if decoding.undo_bias:
+        logits_BV[:, undo_id] += decoding.undo_bias
+    banned = [(index, token) for index, row in enumerate(rows) for token in row.cursor.banned()]
+    if banned:
+        logits_BV[tuple(torch.tensor(banned, device=device).T)] = -torch.inf
+    norm_B = logits_BV.logsumexp(-1)
+
+    if decoding.temperature == 0:
+        ids_B = logits_BV.argmax(-1)
+    else:
+        uniforms = [row.uniforms[row.cursor.emitted][row.cursor.in_run] for row in rows]
+        uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=device)
+        ids_B = _sample(logits_BV / decoding.temperature, uniforms_B, decoding.top_p)
+    picked_B = torch.tensor(picked, device=device)
+    ids_B = torch.where(picked_B < 0, ids_B, picked_B)
+    logprobs_B = logits_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1) - norm_B
+    alternatives_B = torch.full_like(logprobs_B, -torch.inf)
+    if decoding.weighs_paths:
+        logits_BV[:, undo_id] = -torch.inf
+        logits_BV.scatter_(1, ids_B.unsqueeze(1), -torch.inf)
+        alternatives_B = logits_BV.amax(-1) - norm_B
+    return Choices(ids_B, logprobs_B, alternatives_B)
+
+
+def _sample(logits_BV: Tensor, uniforms_B: Tensor, top_p: float) -> Tensor:
+    """[rows] The id in whose part of the cumulated distribution the row's number in 0 .. 1 falls."""
+    probs_BV, order_BV = logits_BV.softmax(-1), None
+    if top_p < 1:
+        probs_BV, order_BV = probs_BV.sort(stable=True, dim=-1, descending=True)
+        # The fewest ids that together have top_p: an id goes when those before it have as much.
+        probs_BV = probs_BV.masked_fill(probs_BV.cumsum(-1) - probs_BV >= top_p, 0)
+    cumulated_BV = probs_BV.cumsum(-1, dtype=torch.float64)
+    total_B = cumulated_BV[:, -1]
+    # Strictly below the total, so that rounding cannot lead behind the last id that has a probability.
+    wanted_B = torch.minimum(uniforms_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
+    ids_B1 = torch.searchsorted(cumulated_BV, wanted_B.unsqueeze(1), right=True)
+    return (ids_B1 if order_BV is None else order_BV.gather(1, ids_B1)).squeeze(1)
+
+
+def _uniforms(seed: int, decoding: Decoding) -> list[list[float]]:
+    """[max_tokens][2] A row's whole randomness."""
+    if decoding.temperature == 0:
+        return []
+    uniforms: list[list[float]] = np.random.Generator(np.random.Philox(seed)).random((decoding.max_tokens, 2)).tolist()
+    return uniforms
+
+
+def _leave(cache: RaggedCache, rows: list[_Row]) -> list[_Row]:
+    """Without the rows that have ended, in whose slots the last ones move: living rows are always the first slots."""
+    alive = sum(row.cursor.finish is None for row in rows)
+    target = [slot for slot, row in enumerate(rows[:alive]) if row.cursor.finish]
+    source = [slot for slot, row in enumerate(rows) if slot >= alive and not row.cursor.finish]
+    for slot, other in zip(target, source, strict=True):
+        rows[slot] = rows[other]
+    if target:
+        cache.move(source, target)
+    return rows[:alive]

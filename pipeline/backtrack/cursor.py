@@ -1,0 +1,351 @@
+"""One decode with undo as a state machine: what the model sees next, what it may not emit there, and what an undo changes.
+
+Every engine drives it in the same way: show the model `visible`, forbid `banned()`, hand what was chosen to `take`. Ids and
+log-probabilities in, ids out; no model, no tokenizer, no torch. What an undo deletes is UndoStream's word.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+from pipeline.backtrack.tree import Rewinding
+from pipeline.backtrack.undo import UndoRule, UndoStream, apply_undo
+
+Mode = Literal["soft", "rewind", "forbidden"]
+Finish = Literal["stop", "length"]
+
+_NONE: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a batch is decoded.
+
+    Raises:
+        ValueError: a value out of its bounds, or a bias on top of a threshold.
+    """
+
+    mode: Mode
+    """`rewind`: deleted tokens are gone; `soft`: the model sees all that was emitted; `forbidden`: no undo at all."""
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    max_tokens: int
+    """Most ids emitted, undo tokens and deleted ones included."""
+    stop_id: int
+    """The decode ends with this id, which is part of it."""
+    rule: UndoRule
+    rewinding: Rewinding = "deferred"
+    """For mode `rewind` and unit `token`; the other units delete by one U and always rewind at once."""
+    threshold: float | None = 0.7
+    """U is emitted exactly where P(U), at temperature 1 and before any ban, is above it. None: U is sampled like any id."""
+    undo_bias: float = 0.0
+    """Added to the logit of U where U is sampled, before the temperature."""
+    ban_tried: bool = True
+    """Whether what was taken back is forbidden in the state where it was emitted."""
+    max_undos: int = 16
+    """Undo tokens a sample; from then on U is forbidden."""
+    max_undos_per_state: int = 4
+    """Returns to one state; from then on U is forbidden wherever it would return there."""
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("mode", Mode), ("rewinding", Rewinding)):
+            if getattr(self, name) not in get_args(kinds):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kinds))}, is {getattr(self, name)!r}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or more, is {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, is {self.top_p}")
+        for name in ("max_tokens", "max_undos", "max_undos_per_state"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, is {getattr(self, name)}")
+        if self.stop_id == self.rule.undo_id:
+            raise ValueError(f"stop_id and the undo token are the same id, {self.stop_id}")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold must lie in 0 .. 1 or be None, is {self.threshold}")
+        if not math.isfinite(self.undo_bias) or (self.undo_bias and self.threshold is not None):
+            raise ValueError(f"undo_bias must be finite, and 0 beside a threshold, is {self.undo_bias}")
+
+    @property
+    def defers(self) -> bool:
+        """Whether a run of U's is seen until it ends."""
+        return self.mode == "rewind" and self.rewinding == "deferred" and self.rule.unit == "token"
+
+    @property
+    def weighs_paths(self) -> bool:
+        """Whether `Cursor.take` needs its `alternative`."""
+        return self.ban_tried and self.mode != "forbidden" and self.rule.unit != "token"
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """One decode asked for.
+
+    Raises:
+        ValueError: an empty prompt, or a negative seed.
+    """
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+    """Of this row alone, so that a row does not depend on the batch it is in."""
+    forced_ids: tuple[int, ...] = ()
+    """Emitted first as if the model had chosen them: a beginning, an error planted to be found. May contain U."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise ValueError("prompt_ids is empty: nothing predicts the first id; begin it with one token at least")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, is {self.seed}")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What became of a request. `Walk(prompt, ids, logprobs, banned)` puts it on the token tree."""
+
+    ids: tuple[int, ...]
+    """[n] As emitted: forced ids, undo tokens, deleted ones and the stop id included."""
+    surviving: tuple[int, ...]
+    """What the reader sees."""
+    logprobs: tuple[float, ...]
+    """[n] At temperature 1, bans renormalised and `undo_bias` applied; a forced id's is the model's for it. A U that the
+    threshold decided was certain: 0."""
+    banned: tuple[frozenset[int], ...]
+    """[n] What was renormalised away. Empty for a U that the threshold decided, whose rival is the threshold alone."""
+    undos: int
+    """U's emitted, no-ops included."""
+    noops: int
+    """U's that met an empty stack; only a forced one can."""
+    finish: Finish
+
+
+class _State:
+    """A node of the trie of what has survived at some time."""
+
+    __slots__ = ("children", "returns", "tried")
+
+    def __init__(self) -> None:
+        self.children: dict[int, _State] = {}
+        self.tried = _NONE
+        self.returns = 0
+
+
+class _Push(NamedTuple):
+    state: _State  # where the token was emitted
+    token: int
+    logprob: float
+    alternative: float
+
+
+class Cursor:
+    """One request on its way.
+
+    With deferred rewinding the question behind a U is only whether the run goes on: an id other than U ends it there and is
+    not emitted, and the next id is chosen in the state to which the run returns. A run that cannot go on ends at once.
+
+    Example:
+        >>> decoding = Decoding("rewind", 0, 1, 9, stop_id=0, rule=UndoRule(undo_id=7), rewinding="immediate")
+        >>> cursor = Cursor(DecodeRequest((5,), seed=0), decoding, vocab_size=8)
+        >>> [cursor.take(token, -1.0) for token in (1, 2, 7)], cursor.visible, sorted(cursor.banned())
+        ([0, 0, 1], (5, 1), [2, 7])
+
+    Raises:
+        ValueError: the prompt contains U, or the forced ids do while U is forbidden.
+    """
+
+    def __init__(self, request: DecodeRequest, decoding: Decoding, vocab_size: int) -> None:
+        undo_id = decoding.rule.undo_id
+        if undo_id in request.prompt_ids:
+            raise ValueError(f"prompt_ids contains the undo token {undo_id}: a prompt is never undone")
+        if decoding.mode == "forbidden" and undo_id in request.forced_ids:
+            raise ValueError(f"forced_ids contains the undo token {undo_id}, which the mode forbids")
+        self.finish: Finish | None = None
+        """None while it goes on."""
+        self._decoding, self._vocab_size = decoding, vocab_size
+        self._forced = request.forced_ids
+        self._undo_id, self._undo_alone = undo_id, frozenset({undo_id})
+        self._defers, self._decided = decoding.defers, decoding.threshold is not None
+        self._ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._bans: list[frozenset[int]] = []
+        self._seen = list(request.prompt_ids)
+        self._stream = UndoStream(decoding.rule)
+        self._state = _State()
+        self._path: list[_Push] = []  # one for each id on the stack
+        self._run = 0  # U's of the deferred run that is still seen
+        self._gone: list[_Push] = []  # what that run has deleted, the earliest last
+        self._behind_run = False
+        self._capped = False  # whether any state has been returned to as often as it may
+        self._settle()
+
+    @property
+    def visible(self) -> tuple[int, ...]:
+        """The ids that the model sees now. A copy; `length` and `last` cost nothing."""
+        return tuple(self._seen)
+
+    @property
+    def length(self) -> int:
+        """How many ids the model sees now. All but the last were seen before, in the same places: a cache has them."""
+        return len(self._seen)
+
+    @property
+    def last(self) -> int:
+        """The last visible id, whose logits decide what comes next."""
+        return self._seen[-1]
+
+    @property
+    def emitted(self) -> int:
+        return len(self._ids)
+
+    @property
+    def in_run(self) -> bool:
+        """Whether the model sees U's of a deferred run: what is chosen now either continues it or ends it."""
+        return self._run > 0
+
+    @property
+    def forced(self) -> int | None:
+        """The id that must be taken next; None when the model chooses."""
+        done = len(self._ids)
+        return self._forced[done] if done < len(self._forced) else None
+
+    def banned(self) -> frozenset[int]:
+        """Ids forbidden now. Never the whole vocabulary. For a forced id nothing is, but for the U behind a deferred run."""
+        return self._banned
+
+    def decides(self, p_undo: float) -> bool | None:
+        """Whether U is emitted now, given P(U) at temperature 1 before any ban. None: it is sampled, if `banned` has it not."""
+        threshold = self._decoding.threshold
+        return None if threshold is None else self._may_undo and p_undo > threshold
+
+    def take(self, token: int, logprob: float, alternative: float = -math.inf) -> int:
+        """Move on by the chosen id.
+
+        Args:
+            logprob: as in `Decoded.logprobs`.
+            alternative: log-probability of the best id allowed here other than this one and U, on the same scale. Read where
+                `Decoding.weighs_paths`.
+
+        Returns:
+            How many of the visible ids are gone from the end.
+
+        Raises:
+            ValueError: the decode has ended, or the id is not allowed here.
+        """
+        if self.finish is not None:
+            raise ValueError(f"id {token} behind the end of a decode")
+        before = len(self._seen)
+        if self._run and token != self._undo_id:
+            self._end_run()
+            self._settle()
+            return before - len(self._seen)
+        forced = self.forced
+        certain = self._decided and token == self._undo_id and forced is None
+        allowed = self._may_undo if certain else token not in self._banned and forced in (None, token)
+        if not allowed:
+            raise ValueError(f"id {token} is not allowed behind {self._ids}")
+        self._ids.append(token)
+        self._logprobs.append(0.0 if certain else logprob)
+        self._bans.append(_NONE if certain else self._banned)
+        self._behind_run = False
+        deleted = self._stream.take(token)
+        if deleted < 0:
+            self._seen.append(token)
+            self._path.append(_Push(self._state, token, logprob, alternative))
+            child = self._state.children.get(token)
+            if child is None:
+                child = self._state.children[token] = _State()
+            self._state = child
+        else:
+            self._undo(deleted)
+        if token == self._decoding.stop_id:
+            self.finish = "stop"
+        elif len(self._ids) == self._decoding.max_tokens:
+            self.finish = "length"
+        self._settle()
+        return max(0, before - len(self._seen))
+
+    def result(self) -> Decoded:
+        """What was decoded; before the end, what there is so far."""
+        stream = self._stream
+        return Decoded(
+            tuple(self._ids),
+            stream.surviving,
+            tuple(self._logprobs),
+            tuple(self._bans),
+            stream.undos,
+            stream.noops,
+            self.finish or "length",
+        )
+
+    def _undo(self, count: int) -> None:
+        start = len(self._path) - count
+        deleted = self._path[start:]
+        del self._path[start:]
+        if deleted:
+            self._state = deleted[0].state
+        if self._defers:
+            self._seen.append(self._undo_id)
+            self._run += 1
+            self._gone += deleted
+            forced = self.forced
+            if not (self._undo_allowed() if forced is None else forced == self._undo_id):
+                self._end_run()
+            return
+        if self._decoding.mode == "soft":
+            self._seen.append(self._undo_id)
+        else:
+            del self._seen[len(self._seen) - count :]
+        if deleted:
+            self._return(deleted)
+
+    def _end_run(self) -> None:
+        gone, self._gone = self._gone, []
+        del self._seen[len(self._seen) - self._run - len(gone) :]
+        self._run, self._behind_run = 0, True
+        if gone:
+            self._return(gone[-1:])
+
+    def _return(self, deleted: list[_Push]) -> None:
+        """Count the return, and forbid what was tried. Bans stay with the state: greedy decoding walks to it again.
+
+        One U of unit `token` takes back one decision. A line or a whole text is taken back for one decision in it, and often
+        begins alike in every try: forbidden is the id at which the most probable other path leaves.
+        """
+        state = deleted[0].state
+        state.returns += 1
+        self._capped = self._capped or state.returns >= self._decoding.max_undos_per_state
+        if not self._decoding.ban_tried:
+            return
+        wrong, best, before = deleted[-1], -math.inf, 0.0
+        for push in deleted:
+            if before + push.alternative > best:
+                wrong, best = push, before + push.alternative
+            before += push.logprob
+        tried = wrong.state.tried | {wrong.token}
+        # All but U have been tried: begin again rather than leave nothing to choose from.
+        wrong.state.tried = tried if len(tried) + 1 < self._vocab_size else _NONE
+
+    def _undo_allowed(self) -> bool:
+        decoding = self._decoding
+        if decoding.mode == "forbidden" or self._behind_run or not self._path:
+            return False
+        # An undo with no room for an id behind it repairs nothing.
+        if self._stream.undos >= decoding.max_undos or len(self._ids) + 2 > decoding.max_tokens:
+            return False
+        if not self._capped:
+            return True
+        depth = len(apply_undo((*self._stream.surviving, self._undo_id), decoding.rule).surviving)
+        return self._path[depth].state.returns < decoding.max_undos_per_state
+
+    def _settle(self) -> None:
+        """What may be chosen in the state just reached."""
+        self._may_undo = self._undo_allowed()
+        if self.forced is not None:
+            self._banned = self._undo_alone if self._behind_run else _NONE
+            return
+        tried = _NONE if self._run else self._state.tried
+        if self._decided or not self._may_undo:
+            self._banned = tried | self._undo_alone if tried else self._undo_alone
+        else:
+            self._banned = tried

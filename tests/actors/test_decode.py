@@ -1,0 +1,174 @@
+"""The batched decoder equals one plain forward for every decision, whatever its rows do, and always ends."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from actors.decode import HfDecoder
+from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding, Mode
+from pipeline.backtrack.layout import rewind, soft
+from pipeline.backtrack.tree import Rewinding, Walk, grow
+from pipeline.backtrack.undo import Unit
+from tests.pipeline.slow_decode import slow_decode
+from tests.pipeline.tiny import FORMS, VOCABULARY, U, plain, rule, score, tiny_model
+
+STOP = 0
+MODELS = ["llama", "qwen2", "gpt2"]
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+WAYS: list[tuple[Mode, Unit, Rewinding]] = [
+    *(("rewind", *form) for form in FORMS),
+    *(("soft", unit, "immediate") for unit in ("token", "step", "all")),
+    ("forbidden", "token", "immediate"),
+]  # fmt: skip
+model_of = functools.cache(tiny_model)
+
+
+@functools.cache
+def slow_logits(name: str, dtype: torch.dtype) -> Callable[[tuple[int, ...]], Sequence[float]]:
+    """A plain forward over what one row sees, each context computed once."""
+
+    @functools.cache
+    def logits_of(visible: tuple[int, ...]) -> Sequence[float]:
+        with torch.inference_mode():
+            logits: list[float] = plain(model_of(name, dtype), visible)[-1].double().tolist()
+        return logits
+
+    return logits_of
+
+
+def requests() -> list[DecodeRequest]:
+    """Rows of very different length, in no order; an undo before anything else, and nested ones."""
+    lengths = [1, 30, 2, 9, 1, 17, 4, 3, 1, 25, 8, 2, 14, 6]
+    prompts = [tuple((length + seed + 3 * i) % (VOCABULARY - 1) for i in range(length)) for seed, length in enumerate(lengths)]
+    forced = {1: (U, 1, 2), 3: (1, 2, 4, U, U, 5, U), 4: (6, 3, 1, 2), 5: (U, U)}
+    return [DecodeRequest(prompt, seed, forced.get(seed, ())) for seed, prompt in enumerate(prompts)]
+
+
+def decoding_of(mode: Mode, unit: Unit, rewinding: Rewinding, **more: Any) -> Decoding:
+    settings: dict[str, Any] = {"temperature": 0, "top_p": 1, "max_tokens": 24, "stop_id": STOP, "threshold": None}
+    return Decoding(mode, rule=rule(unit), rewinding=rewinding, **settings | more)
+
+
+def allowed(decoding: Decoding) -> list[DecodeRequest]:
+    """The requests, without forced undos where undos are forbidden."""
+    if decoding.mode != "forbidden":
+        return requests()
+    return [replace(request, forced_ids=tuple(token for token in request.forced_ids if token != U)) for request in requests()]
+
+
+def check(decoding: Decoding, name: str = "llama", dtype: torch.dtype = torch.float64, slots: int = 3) -> list[Decoded]:
+    found = HfDecoder(model_of(name, dtype), slots, row_tokens=80).decode(allowed(decoding), decoding)
+    for request, one in zip(allowed(decoding), found, strict=True):
+        wanted = slow_decode(slow_logits(name, dtype), VOCABULARY, request, decoding)
+        assert one.logprobs == pytest.approx(wanted.logprobs, abs=TOLERANCE[dtype])
+        assert replace(one, logprobs=()) == replace(wanted, logprobs=())
+        assert len(one.ids) <= decoding.max_tokens
+        assert one.finish == ("stop" if one.ids[-1] == STOP else "length")
+    return found
+
+
+SAMPLED: dict[str, Any] = {"temperature": 1.3, "top_p": 0.95, "undo_bias": 1.0}
+THRESHOLD: dict[str, Any] = {"temperature": 0.7, "threshold": 0.1}
+
+
+@pytest.mark.parametrize("how", [{"undo_bias": 1.0}, SAMPLED, {"threshold": 0.05}, THRESHOLD], ids=str)
+@pytest.mark.parametrize("way", WAYS, ids=" ".join)
+def test_equals_a_forward_for_every_decision(way: tuple[Mode, Unit, Rewinding], how: dict[str, Any]) -> None:
+    found = check(decoding_of(*way, **how))
+    if way[0] != "forbidden":
+        assert sum(one.undos for one in found) > 6  # not only the forced ones
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MODELS)
+def test_on_other_models_and_in_fp32(name: str, dtype: torch.dtype) -> None:
+    check(decoding_of(*WAYS[1], **SAMPLED), name, dtype)
+    check(decoding_of(*WAYS[2], threshold=0.1), name, dtype)
+    check(decoding_of(*WAYS[4], **SAMPLED), name, dtype)
+
+
+@pytest.mark.parametrize("caps", [{"max_undos": 3}, {"max_undos_per_state": 1}, {"ban_tried": False, "max_undos": 99}], ids=str)
+@pytest.mark.parametrize("way", WAYS[:5], ids=" ".join)
+def test_a_model_that_would_undo_for_ever_ends(way: tuple[Mode, Unit, Rewinding], caps: dict[str, Any]) -> None:
+    check(decoding_of(*way, undo_bias=50.0, **caps))
+    check(decoding_of(*way, threshold=0.0, **caps))
+
+
+def test_a_row_does_not_depend_on_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for way in (WAYS[1], WAYS[2], WAYS[4]):
+        decoding = decoding_of(*way, **SAMPLED | {"max_tokens": 30})
+        together = HfDecoder(model_of("llama"), 10, 64).decode(allowed(decoding), decoding)
+        monkeypatch.setattr("actors.decode._PREFILL_TOKENS", 20)
+        few = HfDecoder(model_of("llama"), 2, 64).decode(allowed(decoding)[::-1], decoding)[::-1]
+        alone = [HfDecoder(model_of("llama"), 1, 64).decode([request], decoding)[0] for request in allowed(decoding)]
+        ids = [one.ids for one in together]
+        assert ids == [one.ids for one in few] == [one.ids for one in alone]
+        other = [replace(request, seed=request.seed + 100) for request in allowed(decoding)]
+        assert ids != [one.ids for one in HfDecoder(model_of("llama"), 10, 64).decode(other, decoding)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forbidden_equals_generate(name: str) -> None:
+    decoding = decoding_of("forbidden", "token", "immediate", max_tokens=40)
+    many = [replace(request, forced_ids=()) for request in requests()]
+    found = HfDecoder(model_of(name), 3, 128).decode(many, decoding)
+    for request, one in zip(many, found, strict=True):
+        prompt = torch.tensor([request.prompt_ids])
+        out = model_of(name).generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=40, suppress_tokens=[U],
+            eos_token_id=STOP, pad_token_id=STOP,
+        )  # fmt: skip
+        assert one.ids == one.surviving == tuple(out[0, len(request.prompt_ids) :].tolist())
+
+
+@pytest.mark.parametrize("threshold", [None, 0.05])
+@pytest.mark.parametrize("way", WAYS[:7], ids=" ".join)
+def test_the_tree_gives_the_same_logprobs(way: tuple[Mode, Unit, Rewinding], threshold: float | None) -> None:
+    """What the learner computes for what was decoded: rewound on the token tree, or the row as it was emitted."""
+    mode, unit, rewinding = way
+    decoding = decoding_of(*way, temperature=1.2, threshold=threshold)
+    model, undos = model_of("llama"), 0
+    for request, one in zip(requests(), HfDecoder(model, 3, 64).decode(requests(), decoding), strict=True):
+        walk = Walk(request.prompt_ids, one.ids, one.logprobs, one.banned)
+        segment = rewind(grow([walk], rule(unit), rewinding)) if mode == "rewind" else soft(walk)
+        for action, logprob in zip(segment.actions, score(model, segment).tolist(), strict=True):
+            certain = threshold is not None and action.token == U and action.step >= len(request.forced_ids)
+            undos += action.token == U
+            if certain and not action.ends_run:
+                assert action.logprob == 0 and logprob > torch.tensor(threshold).log()
+            elif not action.ends_run:
+                assert action.logprob == pytest.approx(logprob, abs=1e-9)
+    assert undos > 6  # not only the forced ones
+
+
+def test_the_stop_id_may_come_behind_an_undo() -> None:
+    found = [one for way in WAYS[:4] for one in check(decoding_of(*way, **SAMPLED | {"max_tokens": 40, "temperature": 2.0}))]
+    assert any(one.finish == "stop" and one.ids[-2] == U for one in found)
+
+
+def test_top_p_keeps_the_fewest_ids_that_have_it() -> None:
+    """With next to nothing kept, the model's first choice is all there is."""
+    greedy = decoding_of("rewind", "step", "immediate")
+    narrow = replace(greedy, temperature=1.0, top_p=1e-6)
+    decoder = HfDecoder(model_of("llama"), 7, 64)
+    assert decoder.decode(requests(), narrow) == decoder.decode(requests(), greedy)
+
+
+def test_nothing_asked_for_is_nothing_given() -> None:
+    assert HfDecoder(model_of("llama"), 3, 64).decode([], decoding_of("soft", "token", "immediate")) == []
+
+
+def test_what_cannot_be_decoded_is_refused() -> None:
+    decoding = decoding_of("rewind", "token", "deferred")
+    with pytest.raises(ValueError, match="prompt and max_tokens need 54 tokens, rows have room for 50"):
+        HfDecoder(model_of("llama"), 3, 50).decode(requests(), decoding)
+    with pytest.raises(ValueError, match="needs attention sdpa, the model was loaded with eager"):
+        HfDecoder(model_of("llama", torch.float64, "eager"), 3, 50)
+    with pytest.raises(ValueError, match="prompt_ids contains the undo token 7"):
+        HfDecoder(model_of("llama"), 3, 50).decode([DecodeRequest((U,), 0)], decoding)

@@ -1,0 +1,145 @@
+"""Decoding with undo said once more without a state machine: before each id, everything is found again from the ids so far."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding, Finish
+from pipeline.backtrack.undo import apply_undo
+
+LogitsOf = Callable[[tuple[int, ...]], Sequence[float]]
+State = tuple[int, ...]
+
+
+def logprobs_of(logits: Sequence[float], banned: frozenset[int], bias: float = 0.0, undo_id: int = 0) -> list[float]:
+    kept = [-math.inf if token in banned else logit + bias * (token == undo_id) for token, logit in enumerate(logits)]
+    top = max(kept)
+    norm = top + math.log(sum(math.exp(logit - top) for logit in kept))
+    return [logit - norm for logit in kept]
+
+
+def choose(logprobs: Sequence[float], decoding: Decoding, uniform: float) -> int:
+    """Greedy, or the first id with which the probabilities add up to more than the uniform number's part of them all."""
+    order = list(range(len(logprobs)))
+    if decoding.temperature == 0:
+        return max(order, key=lambda token: logprobs[token])
+    top = max(logprobs)
+    weights = [math.exp((logprob - top) / decoding.temperature) for logprob in logprobs]
+    if decoding.top_p < 1:
+        order.sort(key=lambda token: -weights[token])
+        kept: list[int] = []
+        while sum(weights[token] for token in kept) < decoding.top_p * sum(weights):
+            kept.append(order[len(kept)])
+        order = kept
+    wanted = uniform * sum(weights[token] for token in order)
+    return next(token for at, token in enumerate(order) if sum(weights[one] for one in order[: at + 1]) > wanted)
+
+
+def uniforms_of(request: DecodeRequest, decoding: Decoding) -> list[list[float]]:
+    numbers: list[list[float]] = np.random.Generator(np.random.Philox(request.seed)).random((decoding.max_tokens, 2)).tolist()
+    return numbers
+
+
+def alternative_of(logprobs: Sequence[float], chosen: int, undo_id: int) -> float:
+    return max((logprob for token, logprob in enumerate(logprobs) if token not in (chosen, undo_id)), default=-math.inf)
+
+
+def run_behind(ids: Sequence[int], decoding: Decoding) -> int:
+    """U's of the deferred run at the end."""
+    run = 0
+    while decoding.defers and run < len(ids) and ids[-1 - run] == decoding.rule.undo_id:
+        run += 1
+    return run
+
+
+class History:
+    """What the ids so far say about returns and bans. A deferred run at their end counts when it is `ended`."""
+
+    def __init__(
+        self, ids: list[int], logprobs: list[float], alternatives: list[float], decoding: Decoding, size: int, ended: bool
+    ) -> None:
+        self.returns: Counter[State] = Counter()
+        self.tried: defaultdict[State, set[int]] = defaultdict(set)
+        rule, undo_id = decoding.rule, decoding.rule.undo_id
+        end = 0
+        while end < len(ids):
+            begin, end = end, end + 1
+            if ids[begin] != undo_id:
+                continue
+            while decoding.defers and end < len(ids) and ids[end] == undo_id:
+                end += 1
+            if decoding.defers and end == len(ids) and not ended:
+                continue
+            stands = apply_undo(ids[:end], rule)
+            deleted = [index for index in apply_undo(ids[:begin], rule).source if index not in stands.source]
+            if not deleted:
+                continue
+            self.returns[stands.surviving] += 1
+            if not decoding.ban_tried:
+                continue
+            wrong = deleted[0]
+            if rule.unit != "token":
+                paths = [sum(logprobs[i] for i in deleted[:at]) + alternatives[d] for at, d in enumerate(deleted)]
+                wrong = deleted[-1] if max(paths) == -math.inf else deleted[paths.index(max(paths))]
+            tried = self.tried[apply_undo(ids[:wrong], rule).surviving]
+            tried.add(ids[wrong])
+            if len(tried) == size - 1:
+                tried.clear()
+
+
+def slow_decode(logits_of: LogitsOf, size: int, request: DecodeRequest, decoding: Decoding) -> Decoded:
+    rule, undo_id, threshold = decoding.rule, decoding.rule.undo_id, decoding.threshold
+    uniforms = uniforms_of(request, decoding)
+    ids: list[int] = []
+    logprobs: list[float] = []
+    alternatives: list[float] = []
+    banned: list[frozenset[int]] = []
+    none, undo_alone = frozenset[int](), frozenset({undo_id})
+
+    def emit(token: int, scores: list[float], bans: frozenset[int], certain: bool = False) -> None:
+        ids.append(token)
+        logprobs.append(0.0 if certain else scores[token])
+        alternatives.append(alternative_of(scores, token, undo_id))
+        banned.append(none if certain else bans)
+
+    def may_undo(ended: bool) -> bool:
+        if decoding.mode == "forbidden" or ids.count(undo_id) >= decoding.max_undos or len(ids) >= decoding.max_tokens - 1:
+            return False
+        history = History(ids, logprobs, alternatives, decoding, size, ended)
+        back = apply_undo([*ids, undo_id], rule)
+        return back.noops == apply_undo(ids, rule).noops and history.returns[back.surviving] < decoding.max_undos_per_state
+
+    while len(ids) < decoding.max_tokens and not (ids and ids[-1] == decoding.stop_id):
+        forced = request.forced_ids[len(ids)] if len(ids) < len(request.forced_ids) else None
+        uniform = uniforms[len(ids)]
+        surviving, run = apply_undo(ids, rule).surviving, run_behind(ids, decoding)
+        if run and (forced == undo_id or forced is None and may_undo(ended=False)):
+            logits = logits_of(request.prompt_ids + apply_undo(ids[:-run], rule).surviving + (undo_id,) * run)
+            scores = logprobs_of(logits, none, decoding.undo_bias, undo_id)
+            if forced is not None or threshold is None:
+                goes_on = forced is not None or choose(scores, decoding, uniform[1]) == undo_id
+            else:
+                goes_on = math.exp(scores[undo_id]) > threshold
+            if goes_on:
+                emit(undo_id, scores, none, forced is None and threshold is not None)
+                continue
+        logits = logits_of(request.prompt_ids + (tuple(ids) if decoding.mode == "soft" else surviving))
+        if forced is not None:
+            bans = undo_alone if run else none
+            emit(forced, logprobs_of(logits, bans, decoding.undo_bias, undo_id), bans)
+            continue
+        allowed = not run and may_undo(ended=True)
+        if allowed and threshold is not None and math.exp(logprobs_of(logits, none)[undo_id]) > threshold:
+            emit(undo_id, logprobs_of(logits, none), none, True)
+            continue
+        history = History(ids, logprobs, alternatives, decoding, size, ended=True)
+        bans = frozenset(history.tried[surviving]) | (none if allowed and threshold is None else undo_alone)
+        scores = logprobs_of(logits, bans, decoding.undo_bias, undo_id)
+        emit(choose(scores, decoding, uniform[0]), scores, bans)
+    undone = apply_undo(ids, rule)
+    finish: Finish = "stop" if ids[-1] == decoding.stop_id else "length"
+    return Decoded(tuple(ids), undone.surviving, tuple(logprobs), tuple(banned), undone.undos, undone.noops, finish)
