@@ -1,8 +1,9 @@
 """The token tree: time to build batches, tokens computed, and time of forward and backward, against linear rows.
 
-    python benchmarks/tree.py [--quick]
+    python benchmarks/tree.py [--quick] [--run runs/tiny]
 
-Traces are random ids in the shape of real ones: four wrong tries at lines of the gold solution of each problem, unit `step`.
+Traces are random ids in the shape of real ones: four wrong tries at lines of the gold solution of each problem, unit `step`;
+with --run the model's timings are also made on the traces and clean rows of the first round of a run.
 Both sides of a timing are measured in turns; a figure is the median. Prints a table and one JSON line.
 """
 
@@ -39,7 +40,9 @@ BUILD_SECONDS_GOAL, SPEEDUP_GOAL = 5.0, 1.5
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer traces in the model's timings, fewer repeats")
-    quick = parser.parse_args().quick
+    parser.add_argument("--run", type=Path, help="folder of a run whose traces are timed too")
+    asked = parser.parse_args()
+    quick = asked.quick
     torch.set_num_threads(1)
     rng = random.Random(0)
     problems = [problem_traces(rng) for _ in range(TRACES // PER_PROBLEM)]
@@ -55,7 +58,12 @@ def main() -> int:
             figures[f"tokens_ratio_{errors}_errors_{rule.unit}"] = statistics.mean(
                 errors_ratio(rng, errors, rule) for _ in range(200)
             )
-    figures |= model_times(problems[: 32 if quick else 128], 3 if quick else 7)
+    repeats = 3 if quick else 7
+    figures |= model_times(problems[: 32 if quick else 128], RULE, VOCABULARY, repeats)
+    if asked.run:
+        rule, vocabulary, groups = run_traces(asked.run)
+        some = rng.sample(groups, min(len(groups), 128 if quick else 512))
+        figures |= {f"run_{name}": value for name, value in model_times(some, rule, vocabulary, repeats).items()}
     print(f"{TRACES} traces of {length:.0f} tokens, one core; ratios are linear rows over trees")
     for name, figure in figures.items():
         print(f"{name:32}{figure:10.2f}")
@@ -89,10 +97,26 @@ def problem_traces(rng: random.Random, errors: int = 1, rule: UndoRule = RULE) -
     return traces
 
 
-def trees(problems: Sequence[Sequence[Trace]], by_problem: bool) -> list[Segment]:
-    walks = [[trace_walk(trace, RULE, Targets()) for trace in traces] for traces in problems]
+def run_traces(folder: Path) -> tuple[UndoRule, int, list[list[Trace]]]:
+    """The rule, the vocabulary and, by problem, the training rows of the first round of a run."""
+    from datasets import load_from_disk
+    from omegaconf import OmegaConf
+
+    from pipeline.config import Settings
+    from pipeline.stages.io import Codec
+
+    settings = Settings.model_validate(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+    codec = Codec(folder / "0" / "base", settings.undo, settings.base.prompt)
+    by_problem: dict[str, list[Trace]] = {}
+    for row in load_from_disk(folder / "1" / "traces"):
+        by_problem.setdefault(row["problem"], []).append(Trace(tuple(row["input_ids"]), tuple(row["roles"])))
+    return codec.rule, len(codec.tokenizer), list(by_problem.values())
+
+
+def trees(problems: Sequence[Sequence[Trace]], by_problem: bool, rule: UndoRule = RULE) -> list[Segment]:
+    walks = [[trace_walk(trace, rule, Targets()) for trace in traces] for traces in problems]
     groups = walks if by_problem else [[walk] for group in walks for walk in group]
-    return [rewind(grow(group, RULE), once=True) for group in groups]
+    return [rewind(grow(group, rule), once=True) for group in groups]
 
 
 def batches(segments: Sequence[Segment]) -> list[list[list[Segment]]]:
@@ -136,7 +160,7 @@ def errors_ratio(rng: random.Random, errors: int, rule: UndoRule) -> float:
     return sum(len(trace.ids) for trace in traces) / nodes
 
 
-def model_times(problems: Sequence[Sequence[Trace]], repeats: int) -> dict[str, float]:
+def model_times(problems: Sequence[Sequence[Trace]], rule: UndoRule, vocabulary: int, repeats: int) -> dict[str, float]:
     """Milliseconds of forward and backward a trace, batches made beforehand."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -148,16 +172,16 @@ def model_times(problems: Sequence[Sequence[Trace]], repeats: int) -> dict[str, 
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
     }
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **size))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **size))
 
     def step(logits: torch.Tensor, labels: torch.Tensor) -> None:
         torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum").backward()
         model.zero_grad()
 
     traces = [trace for group in problems for trace in group]
-    padded = [pad(traces[start : start + ROWS]) for start in range(0, len(traces), ROWS)]
+    padded = [pad(traces[start : start + ROWS], rule) for start in range(0, len(traces), ROWS)]
     laid_out = {
-        name: [lay_out(rows, None, PAD) for rows in batches(trees(problems, by_problem))]
+        name: [lay_out(rows, None, PAD) for rows in batches(trees(problems, by_problem, rule))]
         for name, by_problem in (("tree_per_trace", False), ("tree_per_problem", True))
     }
 
@@ -186,18 +210,18 @@ def model_times(problems: Sequence[Sequence[Trace]], repeats: int) -> dict[str, 
     return {f"ms_per_trace_{name}": value for name, value in medians.items()} | speedups
 
 
-def labels(trace: Trace) -> list[int]:
-    walk = trace_walk(trace, RULE, Targets())
+def labels(trace: Trace, rule: UndoRule) -> list[int]:
+    walk = trace_walk(trace, rule, Targets())
     wanted = zip(walk.targets or (), walk.weights or (), strict=True)
     return [IGNORE] * len(walk.prompt) + [token if weight else IGNORE for token, weight in wanted]
 
 
-def pad(traces: Sequence[Trace]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def pad(traces: Sequence[Trace], rule: UndoRule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Linear rows of one trace each: input ids, mask and labels [rows, tokens]."""
     width = max(len(trace.ids) for trace in traces)
     ids = [[*trace.ids, *[PAD] * (width - len(trace.ids))] for trace in traces]
     mask = [[1] * len(trace.ids) + [0] * (width - len(trace.ids)) for trace in traces]
-    wanted = [[*labels(trace), *[IGNORE] * (width - len(trace.ids))] for trace in traces]
+    wanted = [[*labels(trace, rule), *[IGNORE] * (width - len(trace.ids))] for trace in traces]
     return torch.tensor(ids), torch.tensor(mask), torch.tensor(wanted)
 
 
