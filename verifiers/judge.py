@@ -135,7 +135,7 @@ def copied_number(solution: str, checked: Checked) -> Node | None:
     value, result = parse_number(items[0].text), checked.equation.right
     if following not in ("", "word", "other") or value is None or not result or result.denominator != 1:
         return None
-    known_scale = result / value in (100, 1000, 10**6, 10**9)
+    known_scale = result in [value * scale for scale in (100, 1000, 10**6, 10**9)]
     cut_off = items[0].end == len(solution)
     return None if known_scale or cut_off else Node("num", items[0].start, items[0].end, value)
 

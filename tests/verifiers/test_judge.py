@@ -26,6 +26,7 @@ ERRORS = [
     ("Just 5.\nSo 7.", GOLD, "answer", 1, "Just 5.\nSo ", "7"),
     ("No idea.\nNone at all", GOLD, "step", 1, "No idea.\n", "None at all"),
     ("5005*10 = <<5005*10=50050>>5005 cents\n#### 5005", "5005*10=50050\n#### 50050", "copy", 0, None, "5005"),
+    ("3*4 = <<3*4=12>>0 eggs\n#### 0", "3*4=12\n#### 12", "copy", 0, None, "0"),
     ("100 * 7 = 700\n#### 700", "2 + 3 = 5\n#### 5", "expression", 0, "", "100 * 7"),
 ]  # fmt: skip
 
