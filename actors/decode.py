@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from actors.ragged import RaggedCache
 from pipeline.backtrack.cursor import Cursor, Decoded, DecodeRequest, Decoding
@@ -62,6 +64,13 @@ class HfDecoder:
         self.model = model
         self._max_num_seqs, self._row_tokens = max_num_seqs, row_tokens
         self._layers, self._vocab_size = config.num_hidden_layers, model.get_output_embeddings().weight.shape[0]
+
+    @classmethod
+    def from_folder(cls, folder: Path, max_num_seqs: int, row_tokens: int) -> HfDecoder:
+        """The model of a folder in fp32, on a GPU if there is one."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+        return cls(model.to(device).eval(), max_num_seqs, row_tokens)
 
     @torch.inference_mode()
     def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding) -> list[Decoded]:

@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 from transformers.training_args import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from actors.decode import HfDecoder
 from actors.engines import HfEngine, Request, Sampling
 from actors.packing import TrainingSet, collate, examples_of, pack_by_phase
 from actors.probe import ProbeRow, probe
 from actors.trainable import prepare, save
+from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import BaseTraining, SftSettings, TrainSettings
 from pipeline.telemetry import redirect_process_output
 
@@ -239,19 +241,30 @@ class _KeepBest(TrainerCallback):
 
 
 class _Learner:
-    """Trains one model after another; the driver polls `progress` meanwhile."""
+    """Trains one model after another; the driver polls `progress` meanwhile. Between trainings it probes and decodes with undo."""
 
     def __init__(self, log_file: str) -> None:
         redirect_process_output(Path(log_file))
         self._curve = Curve()
+        self._decoder: tuple[tuple[str, int, int], HfDecoder] | None = None  # what it was made from, and the decoder
 
     def fit(self, source: str, target: str, data: TrainingSet, settings: TrainSettings, seed: int,
             check: DevCheck | None = None) -> Curve:  # fmt: skip
-        self._curve = Curve()
+        self._curve, self._decoder = Curve(), None  # its memory is the training's
         return fit(Path(source), Path(target), data, settings, seed, self._curve, check)
 
     def probe(self, folder: str, rows: Sequence[ProbeRow]) -> list[tuple[float, ...]]:
         return probe(Path(folder), rows)
+
+    def decode(
+        self, folder: str, requests: Sequence[DecodeRequest], decoding: Decoding, max_num_seqs: int, row_tokens: int
+    ) -> list[Decoded]:
+        """The model stays loaded until another one is asked for: many batches come from the same folder."""
+        wanted = (folder, max_num_seqs, row_tokens)
+        if self._decoder is None or self._decoder[0] != wanted:
+            self._decoder = None  # never two models at a time
+            self._decoder = wanted, HfDecoder.from_folder(Path(folder), max_num_seqs, row_tokens)
+        return self._decoder[1].decode(requests, decoding)
 
     def progress(self) -> Curve:
         return self._curve

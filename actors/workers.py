@@ -17,9 +17,11 @@ from actors.learner import Curve, DevCheck, LearnerActor
 from actors.packing import TrainingSet
 from actors.probe import ProbeRow
 from actors.rollout import RolloutPool
+from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import Settings, TrainSettings
 
 _POLL_SECONDS = 1.0
+_DECODE_ROWS = 512  # handed over at a time: enough to keep the decoder's slots full, and progress shows
 
 
 class Workers:
@@ -82,6 +84,32 @@ class Workers:
     def probe(self, folder: Path, rows: Sequence[ProbeRow]) -> list[tuple[float, ...]]:
         """Log-probabilities of the asked tokens under the model of `folder`, see actors/probe.py."""
         found: list[tuple[float, ...]] = self._get(self._ready_learner().probe.remote(str(folder.resolve()), rows))
+        return found
+
+    def decode(
+        self,
+        folder: Path,
+        requests: Sequence[DecodeRequest],
+        decoding: Decoding,
+        row_tokens: int,
+        on_rows: Callable[[int, int], None] = lambda rows, tokens: None,
+    ) -> list[Decoded]:
+        """Decodes of the model of `folder` in the order of the requests, see actors/decode.py.
+
+        Args:
+            row_tokens: longest row, prompt and emitted ids together.
+            on_rows: called with the rows and tokens of each batch that comes back.
+
+        Raises:
+            ClusterError: the learner died or could not be placed.
+        """
+        learner, slots = self._ready_learner(), self._settings.engine.max_num_seqs
+        found: list[Decoded] = []
+        for start in range(0, len(requests), _DECODE_ROWS):
+            batch = requests[start : start + _DECODE_ROWS]
+            done: list[Decoded] = self._get(learner.decode.remote(str(folder.resolve()), batch, decoding, slots, row_tokens))
+            on_rows(len(done), sum(len(one.ids) for one in done))
+            found += done
         return found
 
     def _ready_learner(self) -> Any:

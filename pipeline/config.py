@@ -302,12 +302,46 @@ class SftSettings(TrainSettings):
         return value
 
 
+class DecodeSettings(Section):
+    """Decoding that takes deleted text out of the model's context, see pipeline/backtrack/cursor.py."""
+
+    threshold: float | None = Field(
+        0.7, ge=0, le=1, description="Undo exactly where P(undo) is above this; null samples undo like any token."
+    )
+    undo_bias: float = Field(0.0, ge=-100, le=100, description="Added to the logit of undo; needs threshold: null.")
+    ban_tried: bool = Field(True, description="Forbid what was taken back where it was tried.")
+    max_undos: int = Field(32, ge=1, le=131_072, description="Undo tokens of a sample, at most.")
+    max_undos_per_state: int = Field(12, ge=1, le=131_072, description="Returns to the same text, at most.")
+    rewinding: Literal["deferred", "immediate"] = Field("deferred", description="Unit token: undos act as a run, or each.")
+
+    @model_validator(mode="after")
+    def _one_decides(self) -> Self:
+        if self.undo_bias and self.threshold is not None:
+            raise ValueError(
+                f"undo_bias has no effect beside a threshold: set undo_bias to 0, is {self.undo_bias}, "
+                f"or threshold to null, is {self.threshold}"
+            )
+        return self
+
+
 class EvaluateSettings(SamplingSettings):
     temperature: float = Field(0.0, ge=0, le=5, description="0 decodes greedily.")
+    modes: list[Literal["rewind", "soft"]] = Field(
+        ["rewind", "soft"],
+        min_length=1,
+        description="Deleted text leaves the context, by decode, or stays; the first one accepts a round and leads the page.",
+    )
     test: int | None = Field(None, ge=1, description="Problems of the test split; null takes all.")
     dev: int = Field(350, ge=1, description="Problems of the dev split, on which a round is accepted.")
     ood: int | None = Field(None, ge=1, description="Problems of the ood split; null takes all.")
     probes: int = Field(300, ge=1, description="Own errors on test problems at which P(undo) is measured.")
+
+    @field_validator("modes")
+    @classmethod
+    def _no_repeats(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("must name each mode once")
+        return value
 
 
 class ReportSettings(Section):
@@ -331,6 +365,7 @@ class Settings(Section):
     judge: JudgeSettings = Field(JudgeSettings(), description="Right or wrong, and where it went wrong.")
     traces: TraceSettings = Field(TraceSettings(), description="Backtrack traces from judged rollouts.")
     sft: SftSettings = Field(SftSettings(), description="Masked fine-tuning.")
+    decode: DecodeSettings = Field(DecodeSettings(), description="Decoding that rewinds.")
     evaluate: EvaluateSettings = Field(EvaluateSettings(), description="Measuring.")
     report: ReportSettings = Field(ReportSettings(), description="The page.")
 

@@ -13,9 +13,11 @@ from pipeline.statistics import auroc, paired, share
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One problem decoded by one model."""
+    """One problem decoded by one model in one mode."""
 
     model: str
+    mode: str
+    """`rewind`: deleted text was gone from the model's context; `soft`: it stayed."""
     problem: str
     split: str
     family: str
@@ -23,7 +25,7 @@ class Evaluated:
     correct: bool
     """Of the surviving text."""
     first_correct: bool
-    """With the undo token forbidden."""
+    """With the undo token forbidden; the same in every mode."""
     tokens: int
     """All emitted tokens, deleted ones included."""
     undos: int
@@ -52,20 +54,27 @@ class Probed:
     """Log-probability, in nats, of the tokens of the wrong decision given what stands before them."""
 
 
-def summarise(rows: Sequence[Evaluated], probes: Sequence[Probed], round: int, temperature: float) -> dict[str, Any]:
-    """Everything of one round that `metrics.json` holds; None wherever there are no rows to measure on."""
+def summarise(rows: Sequence[Evaluated], probes: Sequence[Probed], round: int, temperature: float, main: str) -> dict[str, Any]:
+    """Everything of one round that `metrics.json` holds; None wherever there are no rows to measure on.
+
+    Args:
+        main: the mode in which models are compared.
+    """
     models = list(dict.fromkeys(row.model for row in rows))
+    modes = list(dict.fromkeys(row.mode for row in rows))
     splits = list(dict.fromkeys(row.split for row in rows))
     evaluations: list[dict[str, Any]] = []
     comparisons: list[dict[str, Any]] = []
     for split in splits:
         for group, belongs in _groups(rows):
-            chosen = {m: [r for r in rows if r.model == m and r.split == split and belongs(r)] for m in models}
-            for model, some in chosen.items():
+            here = [row for row in rows if row.split == split and belongs(row)]
+            chosen = {(a, b): [row for row in here if (row.model, row.mode) == (a, b)] for a in models for b in modes}
+            for model in models:
                 place = {"round": round, "model": model, "split": split, "group": group, "temperature": temperature}
-                evaluations.append(place | {"mode": "soft"} | _soft(some))
-                evaluations.append(place | {"mode": "forbidden"} | _accuracy([row.first_correct for row in some]))
-            comparisons += _compare(chosen, round, split, group)
+                evaluations += [place | {"mode": mode} | _with_undo(chosen[model, mode]) for mode in modes]
+                first = [row.first_correct for row in chosen[model, main]]
+                evaluations.append(place | {"mode": "forbidden"} | _accuracy(first))
+            comparisons += _compare(chosen, round, split, group, main)
     return {
         "evaluations": evaluations,
         "comparisons": comparisons,
@@ -73,11 +82,11 @@ def summarise(rows: Sequence[Evaluated], probes: Sequence[Probed], round: int, t
     }
 
 
-def accepted(rows: Sequence[Evaluated]) -> bool:
-    """Whether the fine-tuned model may start the next round: its dev accuracy is not below the start model's."""
+def accepted(rows: Sequence[Evaluated], main: str) -> bool:
+    """Whether the fine-tuned model may start the next round: its dev accuracy in mode `main` is not below the start model's."""
 
     def right(model: str) -> int:
-        return sum(row.correct for row in rows if row.model == model and row.split == "dev")
+        return sum(row.correct for row in rows if (row.model, row.mode, row.split) == (model, main, "dev"))
 
     return right("sft") >= right("base")
 
@@ -105,7 +114,7 @@ def _accuracy(correct: Sequence[bool]) -> dict[str, Any]:
     }
 
 
-def _soft(rows: Sequence[Evaluated]) -> dict[str, Any]:
+def _with_undo(rows: Sequence[Evaluated]) -> dict[str, Any]:
     """Rates are shares of problems: with an undo, with a spurious undo, with a no-op undo."""
     n = len(rows)
     return _accuracy([row.correct for row in rows]) | {
@@ -121,18 +130,19 @@ def _soft(rows: Sequence[Evaluated]) -> dict[str, Any]:
     }
 
 
-def _compare(chosen: dict[str, list[Evaluated]], round: int, split: str, group: str) -> list[dict[str, Any]]:
-    """The fine-tuned model against each other one, and against its own first tries."""
-    if "sft" not in chosen:
+def _compare(chosen: dict[tuple[str, str], list[Evaluated]], round: int, split: str, group: str, main: str) -> list[dict[str, Any]]:
+    """The fine-tuned model in the main mode against the others in it, its own first tries and its own other modes."""
+    if ("sft", main) not in chosen:
         return []
-    after = [row.correct for row in chosen["sft"]]
-    pairs = [(f"{model} soft", [row.correct for row in some]) for model, some in chosen.items() if model != "sft"]
-    pairs.append(("sft forbidden", [row.first_correct for row in chosen["sft"]]))
+    own = chosen["sft", main]
+    pairs = [(f"{model} {mode}", some) for (model, mode), some in chosen.items() if (model == "sft") != (mode == main)]
+    answers = [(name, [row.correct for row in some]) for name, some in pairs]
+    answers.append(("sft forbidden", [row.first_correct for row in own]))
     found = []
-    for name, before in pairs:
-        difference = paired(before, after)
+    for name, before in answers:
+        difference = paired(before, [row.correct for row in own])
         if difference:
-            place = {"round": round, "split": split, "group": group, "before": name, "after": "sft soft"}
+            place = {"round": round, "split": split, "group": group, "before": name, "after": f"sft {main}"}
             interval = {"ci95": [difference.low, difference.high]}
             figures = {key: value for key, value in asdict(difference).items() if key not in ("low", "high")}
             found.append(place | figures | interval)

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from pipeline.backtrack.undo import UndoRule, apply_undo
+from pipeline.config import DecodeSettings
 
 NONE = "–"
 """What stands where there is no number; never 0."""
@@ -31,12 +32,7 @@ LONGEST = 6000
 """Characters of one text that the page shows; the rest is counted."""
 KINDS = ("all", "forward", "hindsight")
 LABELS = {"base": "before", "clean_control": "clean control", "sft": "after"}
-_PHRASES = {
-    "base soft": "the model before",
-    "clean_control soft": "the clean control",
-    "sft soft": "sft",
-    "sft forbidden": "its own first tries with undo forbidden",
-}
+_PHRASES = {"base": "the model before", "clean_control": "the clean control"}
 # Colours of the figures, replaced by the page's own so that they follow light and dark.
 _INK, _RULE, _SERIES = "#010203", "#040506", ("#070809", "#0a0b0c")
 _STYLES = ("-", (0, (4, 2)))
@@ -151,6 +147,8 @@ class Page:
     temperature: float
     metrics: Mapping[str, Any]
     """What `metrics.json` of the run holds."""
+    decode: DecodeSettings = field(default_factory=DecodeSettings)
+    """How mode `rewind` decodes."""
     plots: Sequence[Plot] = ()
     tables: Sequence[CountTable] = ()
     histograms: Sequence[Plot] = ()
@@ -178,8 +176,10 @@ def render(page: Page) -> str:
     environment.filters |= filters
     metrics = page.metrics
     last = max((one["round"] for one in metrics["rounds"]), default=0)
-    soft = [row for row in metrics["evaluations"] if row["mode"] == "soft"]
-    now = [row for row in soft if row["round"] == last]
+    mode_of = {one["round"]: one["mode"] for one in metrics["rounds"]}
+    with_undo = [row for row in metrics["evaluations"] if row["mode"] != "forbidden"]
+    main = [row for row in with_undo if row["mode"] == mode_of[row["round"]]]
+    now = [row for row in main if row["round"] == last]
     families = [group for group in dict.fromkeys(row["group"] for row in now) if group not in KINDS]
     comparisons = [one for one in metrics["comparisons"] if one["round"] == last]
     return environment.get_template("report.html.j2").render(
@@ -190,7 +190,10 @@ def render(page: Page) -> str:
         kinds=list(KINDS),
         splits=[split for split in ("test", "ood") if any(row["split"] == split for row in now)],
         families=families,
-        soft=_finder(soft, "round", "model", "split", "group"),
+        mode=mode_of.get(last),
+        modes=list(dict.fromkeys(row["mode"] for row in with_undo if row["round"] == last)),
+        main=_finder(main, "round", "model", "split", "group"),
+        in_mode=_finder(with_undo, "round", "model", "mode", "split", "group"),
         probe=_finder(metrics["probes"], "round", "model", "group"),
         worded=[in_words(one) for one in comparisons if _is_told(one)],
         comparisons=comparisons,
@@ -212,8 +215,11 @@ def _is_told(comparison: Mapping[str, Any]) -> bool:
 
 
 def phrase(name: str) -> str:
-    """What a sentence calls one side of a comparison."""
-    return _PHRASES.get(name, name.replace("_", " "))
+    """What a sentence calls that which sft is compared with, a model and its mode."""
+    model, _, mode = name.rpartition(" ")
+    if model != "sft":
+        return _PHRASES.get(model, model.replace("_", " "))
+    return "its own first tries with undo forbidden" if mode == "forbidden" else f"itself in mode “{mode}”"
 
 
 def in_words(comparison: Mapping[str, Any]) -> str:
@@ -223,7 +229,7 @@ def in_words(comparison: Mapping[str, Any]) -> str:
     low, high = comparison["ci95"]
     place = "all problems" if comparison["group"] == "all" else f"{comparison['group']} problems"
     sentence = (
-        f"{phrase(comparison['after'])} is {gap} {phrase(comparison['before'])} on {place} ({comparison['split']}): "
+        f"sft is {gap} {phrase(comparison['before'])} on {place} ({comparison['split']}): "
         f"95{NBSP}% interval {points(low)} to {points(high)}, McNemar p{NBSP}{p_value(comparison['mcnemar_p'])}, "
         f"{comparison['gained']} gained, {comparison['lost']} lost, n{NBSP}{count(comparison['n'])}"
     )

@@ -15,12 +15,15 @@ import pytest
 from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from actors.decode import HfDecoder
+from pipeline.backtrack.cursor import DecodeRequest, Decoding
 from pipeline.backtrack.targets import trace_walk
 from pipeline.backtrack.trace import Role, Trace
 from pipeline.backtrack.undo import apply_undo
-from pipeline.config import SftSettings, UndoSettings
+from pipeline.config import SftSettings, UndoSettings, load_settings
 from pipeline.stages import evaluate, judge, problems, rollouts, traces
-from pipeline.stages.io import Codec
+from pipeline.stages.io import Codec, read_problems
+from pipeline.stages.rollouts import row_seed
 from pipeline.stages.sft import training_set
 from pipeline.store import Store
 
@@ -69,7 +72,7 @@ def test_outputs_have_their_schema_and_counts(finished: tuple[Path, str]) -> Non
     assert load_from_disk(store.path(1, "evaluate") / "probes").features == evaluate.PROBES
     assert len(load_from_disk(store.path(0, "problems"))) == 64 + 16 + 16 + 8
     assert len(load_from_disk(store.path(1, "rollouts"))) == 2 * 64
-    assert len(load_from_disk(store.path(1, "evaluate"))) == 3 * (16 + 16 + 8)
+    assert len(load_from_disk(store.path(1, "evaluate"))) == 3 * 2 * (16 + 16 + 8)
 
 
 def test_rollouts_carry_ids_logprobs_and_the_weights_that_made_them(finished: tuple[Path, str]) -> None:
@@ -117,9 +120,38 @@ def test_report_and_metrics_stand_beside_the_rounds(finished: tuple[Path, str]) 
     folder = finished[0] / "smoke"
     metrics = json.loads((folder / "metrics.json").read_text())
     models = {(row["model"], row["mode"]) for row in metrics["evaluations"]}
-    assert models == {(model, mode) for model in ("base", "clean_control", "sft") for mode in ("soft", "forbidden")}
+    modes = ("rewind", "soft", "forbidden")
+    assert models == {(model, mode) for model in ("base", "clean_control", "sft") for mode in modes}
+    assert {one["mode"] for one in metrics["rounds"]} == {"rewind"}
+    assert {one["after"] for one in metrics["comparisons"]} == {"sft rewind"}
     page = (folder / "report.html").read_text()
     assert "<html" in page and "http://" not in page.replace("http://www.w3.org", "").replace("http://127.0.0.1", "")
+
+
+def test_rewind_rows_are_what_the_decoder_makes_of_the_saved_models(finished: tuple[Path, str]) -> None:
+    store = Store(finished[0] / "smoke")
+    settings = load_settings(ROOT / "configs" / "smoke.yaml")
+    codec = Codec(store.path(0, "base"), settings.undo, settings.base.prompt)
+    known = {problem.id: problem for problem in read_problems(store.path(0, "problems"))}
+    rows = [row for row in load_from_disk(store.path(1, "evaluate")) if row["mode"] == "rewind"]
+    asked = settings.evaluate
+    decoding = Decoding(
+        "rewind",
+        asked.temperature,
+        asked.top_p,
+        asked.max_tokens,
+        codec.stop_id,
+        codec.rule,
+        **settings.decode.model_dump(),
+    )
+    for name, folder in (("base", store.path(0, "base")), ("sft", store.path(1, "sft"))):
+        some = [row for row in rows if row["model"] == name][::4]
+        seeds = [row_seed(settings.run.seed, f"evaluate/{row['problem']}") for row in some]
+        requests = [DecodeRequest(codec.prompt_ids(known[row["problem"]]), seed) for row, seed in zip(some, seeds, strict=True)]
+        found = HfDecoder.from_folder(folder, 3, row_tokens=512).decode(requests, decoding)
+        assert [tuple(row["token_ids"]) for row in some] == [one.ids for one in found]
+        assert [row["undos"] for row in some] == [one.undos for one in found]
+    assert any(row["undos"] for row in rows)
 
 
 def test_second_run_rebuilds_nothing(finished: tuple[Path, str]) -> None:

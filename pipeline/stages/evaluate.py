@@ -1,14 +1,14 @@
-"""Stage `evaluate`: start model, clean control and fine-tuned model on the same problems, with undo and with undo forbidden,
-and P(undo) in wrong and right states. Every row is kept, so that any two models can be compared later.
+"""Stage `evaluate`: start model, clean control and fine-tuned model on the same problems, with undo in every mode and with undo
+forbidden, and P(undo) in wrong and right states. Every row is kept, so that any two models can be compared later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import exp
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Features, Value
 from datasets import List as ListOf
@@ -16,7 +16,7 @@ from datasets import List as ListOf
 from actors.engines import Completion, Request, Sampling
 from actors.judge import judge_rows
 from actors.probe import ProbeRow
-from actors.rollout import RolloutPool
+from pipeline.backtrack.cursor import DecodeRequest, Decoding, Mode
 from pipeline.backtrack.undo import apply_undo
 from pipeline.metrics import Evaluated, Probed, accepted, summarise
 from pipeline.stages.io import Codec, read_problems, write_json, write_rows
@@ -30,6 +30,7 @@ from verifiers.tasks import judge_of
 ROWS = Features(
     {
         "model": Value("string"),
+        "mode": Value("string"),
         "problem": Value("string"),
         "split": Value("string"),
         "family": Value("string"),
@@ -81,18 +82,18 @@ def run(context: Context) -> None:
     chosen = [chosen[i] for i in fits]
     models = _models(context)
     rows: list[Evaluated] = []
-    with context.terminal.stage("evaluate", len(models) * len(chosen)) as progress:
+    with context.terminal.stage("evaluate", len(models) * len(asked.modes) * len(chosen)) as progress:
         for model in models:
-            pool = context.workers.pool(model.folder, model.version, context_length(context))
-            rows += _evaluate(context, model, chosen, codec, pool)
-            progress.update(len(rows), model.name)
+            progress.advance(0, model.name)
+            rows += _evaluate(context, model, chosen, codec, lambda count, tokens: progress.advance(count))
     with context.terminal.stage("probes", None) as progress:
         probes = _probe(context, models, [p for p in chosen if p.split == "test"], codec)
         progress.update(len(probes))
     write_rows([asdict(row) for row in rows], ROWS, context.out)
     write_rows([asdict(row) for row in probes], PROBES, context.out / "probes")
-    metrics = summarise(rows, probes, context.round, asked.temperature)
-    metrics["accepted"] = accepted(rows)
+    main = asked.modes[0]
+    metrics = summarise(rows, probes, context.round, asked.temperature, main)
+    metrics |= {"accepted": accepted(rows, main), "mode": main}
     write_json(metrics, context.out / "metrics.json")
     if not metrics["accepted"]:
         context.terminal.warn(f"round {context.round} is not accepted: dev accuracy fell; the next round starts from the old model")
@@ -115,38 +116,71 @@ def _models(context: Context) -> list[Model]:
     return [*models, Model("sft", context.inputs["sft"], context.digests["sft"])]
 
 
-def _evaluate(context: Context, model: Model, problems: Sequence[Problem], codec: Codec, pool: RolloutPool) -> list[Evaluated]:
+def _evaluate(
+    context: Context, model: Model, problems: Sequence[Problem], codec: Codec, on_rows: Callable[[int, int], None]
+) -> list[Evaluated]:
     asked = context.settings.evaluate
+    written = {mode: _decode(context, model, problems, codec, mode, False, on_rows) for mode in asked.modes}
+    main = asked.modes[0]
+    # First tries come from the engine of the main mode with the same seeds, so that undo alone makes a difference. Without an
+    # undo token a row is its own first try, unless U was among the ids that were drawn from.
+    drawn = asked.temperature > 0 and (main == "soft" or context.settings.decode.threshold is None)
+    again = [i for i, done in enumerate(written[main]) if drawn or codec.rule.undo_id in done.token_ids]
+    tried = _decode(context, model, [problems[i] for i in again], codec, main, True)
+    first = dict(enumerate(written[main])) | dict(zip(again, tried, strict=True))
+    return [
+        _row(model.name, mode, problem, done, first[i], codec)
+        for mode, rows in written.items()
+        for i, (problem, done) in enumerate(zip(problems, rows, strict=True))
+    ]
 
-    def generate(some: Sequence[Problem], forbidden: tuple[int, ...]) -> list[Completion]:
-        sampling = Sampling(asked.temperature, asked.top_p, asked.max_tokens, codec.stop_id, forbidden)
-        seeds = [row_seed(context.settings.run.seed, f"evaluate/{problem.id}") for problem in some]
-        requests = [Request(codec.prompt_ids(problem), seed) for problem, seed in zip(some, seeds, strict=True)]
-        return pool.generate(requests, sampling, context.settings.rollouts.batch)[0]
 
-    soft = generate(problems, ())
-    # A greedy row without an undo token is its own first try: there the ban changes nothing.
-    again = [i for i, done in enumerate(soft) if asked.temperature > 0 or codec.rule.undo_id in done.token_ids]
-    first = dict(enumerate(soft)) | dict(zip(again, generate([problems[i] for i in again], (codec.rule.undo_id,)), strict=True))
-    return [_row(model.name, problem, soft[i], first[i], codec) for i, problem in enumerate(problems)]
+def _decode(
+    context: Context,
+    model: Model,
+    problems: Sequence[Problem],
+    codec: Codec,
+    mode: Literal["rewind", "soft"],
+    forbidden: bool,
+    on_rows: Callable[[int, int], None] = lambda rows, tokens: None,
+) -> list[Completion]:
+    """Completions by the engine of a mode. `forbidden`: without any undo."""
+    settings = context.settings
+    asked, longest = settings.evaluate, context_length(context)
+    prompts = [codec.prompt_ids(problem) for problem in problems]
+    seeds = [row_seed(settings.run.seed, f"evaluate/{problem.id}") for problem in problems]
+    if mode == "rewind":
+        how: Mode = "forbidden" if forbidden else "rewind"
+        ends = (asked.temperature, asked.top_p, asked.max_tokens, codec.stop_id)
+        decoding = Decoding(how, *ends, codec.rule, **settings.decode.model_dump())
+        wanted = [DecodeRequest(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        return [
+            Completion(one.ids, (), one.finish) for one in context.workers.decode(model.folder, wanted, decoding, longest, on_rows)
+        ]
+    banned = (codec.rule.undo_id,) if forbidden else ()
+    sampling = Sampling(asked.temperature, asked.top_p, asked.max_tokens, codec.stop_id, banned)
+    requests = [Request(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    pool = context.workers.pool(model.folder, model.version, longest)
+    return pool.generate(requests, sampling, settings.rollouts.batch, on_rows)[0]
 
 
-def _row(model: str, problem: Problem, soft: Completion, first: Completion, codec: Codec) -> Evaluated:
-    undone = apply_undo(soft.token_ids, codec.rule)
+def _row(model: str, mode: str, problem: Problem, done: Completion, first: Completion, codec: Codec) -> Evaluated:
+    undone = apply_undo(done.token_ids, codec.rule)
     return Evaluated(
         model=model,
+        mode=mode,
         problem=problem.id,
         split=problem.split,
         family=problem.family,
         hindsight=problem.hindsight,
         correct=judge_of(problem).correct(problem, codec.decode(undone.surviving).text),
         first_correct=judge_of(problem).correct(problem, codec.decode(first.token_ids).text),
-        tokens=len(soft.token_ids),
+        tokens=len(done.token_ids),
         undos=undone.undos,
         noops=undone.noops,
-        spurious=spurious_undos(problem, soft.token_ids, codec),
-        finish=soft.finish,
-        token_ids=soft.token_ids,
+        spurious=spurious_undos(problem, done.token_ids, codec),
+        finish=done.finish,
+        token_ids=done.token_ids,
         first_token_ids=first.token_ids,
     )
 

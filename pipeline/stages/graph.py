@@ -123,12 +123,13 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "evaluate",
-        1,
+        2,
         lambda round: (_PROBLEMS, _model(round), Input("sft", round, "sft")),
         lambda s: (
             _generation(s)
             | {
                 "evaluate": s.evaluate.model_dump(mode="json"),
+                "decode": s.decode.model_dump(mode="json"),
                 "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
             }
         ),

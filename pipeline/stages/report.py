@@ -44,8 +44,8 @@ def run(context: Context) -> None:
         tables = [table for round in rounds for table in _trace_tables(context.inputs, round, problems)]
         curves = _curves(context.inputs, rounds)
         rollouts = read_rows(context.inputs[f"evaluate-{context.round}"])
-        groups = _choose(rollouts, settings.report.rollouts, problems, codec)
         metrics = _gather(context, rounds)
+        groups = _choose(rollouts, metrics["rounds"][-1]["mode"], settings.report.rollouts, problems, codec)
         metrics["counts"] = _counts(problems.values(), tables, curves, rollouts)
         write_json(metrics, context.out / "metrics.json")
         page = Page(
@@ -54,6 +54,7 @@ def run(context: Context) -> None:
             unit=settings.undo.unit,
             temperature=settings.evaluate.temperature,
             metrics=metrics,
+            decode=settings.decode,
             plots=_plots(curves),
             tables=tables,
             histograms=[_histogram(context.inputs[f"judge-{round}"], round) for round in rounds],
@@ -73,7 +74,7 @@ def _gather(context: Context, rounds: Iterable[int]) -> dict[str, Any]:
     gathered |= {"evaluations": [], "comparisons": [], "probes": []}
     for round in rounds:
         found = json.loads((context.inputs[f"evaluate-{round}"] / "metrics.json").read_text())
-        gathered["rounds"].append({"round": round, "accepted": found["accepted"]})
+        gathered["rounds"].append({"round": round, "accepted": found["accepted"], "mode": found["mode"]})
         for name in ("evaluations", "comparisons", "probes"):
             gathered[name] += found[name]
     return gathered
@@ -197,12 +198,12 @@ def _counts(
     }
 
 
-def _choose(rollouts: Dataset, most: int, problems: Mapping[str, Problem], codec: Codec) -> list[ShownGroup]:
-    """Rollouts of sft on the test split, evenly from the groups and spread over each."""
-    outlines = rollouts.select_columns(["model", "split", "undos", "correct"])
+def _choose(rollouts: Dataset, mode: str, most: int, problems: Mapping[str, Problem], codec: Codec) -> list[ShownGroup]:
+    """Rollouts of sft in one mode on the test split, evenly from the groups and spread over each."""
+    outlines = rollouts.select_columns(["model", "mode", "split", "undos", "correct"])
     members: dict[str, list[int]] = {name: [] for name in GROUPS}
     for index, row in enumerate(outlines):
-        if row["model"] == "sft" and row["split"] == "test":
+        if (row["model"], row["mode"], row["split"]) == ("sft", mode, "test"):
             members[f"{'with' if row['undos'] else 'without'} undo, {'right' if row['correct'] else 'wrong'}"].append(index)
     quota = _quota({name: len(found) for name, found in members.items()}, most)
     return [

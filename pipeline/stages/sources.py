@@ -18,7 +18,6 @@ from pipeline.config import TraceSettings
 from pipeline.stages.io import Codec, read_rows
 from pipeline.stages.stage import StageError
 from pipeline.tasks.problem import Problem
-from verifiers.steps import token_span
 from verifiers.tasks import judge_of
 
 Ids = tuple[int, ...]
@@ -98,7 +97,9 @@ def sort_rollouts(
 def locate(verdict: Mapping[str, Any], rollout: Mapping[str, Any], problem: Problem, codec: Codec) -> Located | None:
     """Cut a wrong rollout at its first error; None when a token spans the border of the wrong step."""
     text = codec.decode(rollout["token_ids"])
-    cut = next((i for i, (_, end) in enumerate(text.offsets) if end > verdict["try_start"]), len(text.ids))
+    # The first tokens of a character that several make up have no characters of their own: they go with their last one.
+    begin = verdict["try_start"]
+    cut = next((i for i, (start, end) in enumerate(text.offsets) if end > begin or start >= begin), len(text.ids))
     if cut < len(text.offsets) and text.offsets[cut][0] < verdict["try_start"]:
         return None
     own = text.ids[cut:]
@@ -114,10 +115,7 @@ def locate(verdict: Mapping[str, Any], rollout: Mapping[str, Any], problem: Prob
     else:
         tried = codec.encode(verdict["try_text"])
         piece = codec.decode(tried)
-    marks = [False] * len(tried)
-    for start, end in verdict["try_wrong"]:
-        first, last = token_span(piece.offsets, start, end)
-        marks[first:last] = [True] * (last - first)
+    marks = [any(low < end and max(high, low + 1) > start for start, end in verdict["try_wrong"]) for low, high in piece.offsets]
     if not any(marks):
         return None
     if not verdict["try_own"]:
@@ -186,9 +184,9 @@ def _trace(prompt: Ids, solution: Ids, chosen: Sequence[Located], codec: Codec) 
 def _right_way(one: Located, judged: Judged, codec: Codec) -> tuple[str, Ids | None]:
     """A right continuation of the prefix: the model's own words, of a right sibling or sampled anew, else the task's."""
     for ids in judged.right[one.problem.id]:
-        if ids[: len(one.prefix)] == one.prefix:
+        if _leaves(one, ids):
             return "sibling", ids[len(one.prefix) :]
-    if resampled := judged.resampled.get((one.problem.id, one.prefix)):
+    if (resampled := judged.resampled.get((one.problem.id, one.prefix))) and _leaves(one, one.prefix + resampled):
         return "resampled", resampled
     text = judge_of(one.problem).continuation(one.problem, codec.decode(one.prefix).text)
     return "gold", None if text is None else codec.solution_ids(text)
@@ -251,7 +249,7 @@ def searched_errors(folder: str, problems: Mapping[str, Problem], settings: Trac
     node ends no solution)."""
     try:
         rows = read_rows(Path(folder))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError) as error:  # without rows it is an IndexError
         raise StageError(f"traces.search_trees: no dataset in {folder}: {' '.join(str(error).split())[:200]}") from error
     columns = {"problem", "prompt_ids", "parent", "ids", "value", "right"}
     if missing := columns - set(rows.column_names):

@@ -28,7 +28,7 @@ from pipeline.config import (
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
-SECTIONS = "run, task, undo, base, engine, cluster, rollouts, judge, traces, sft, evaluate, report"
+SECTIONS = "run, task, undo, base, engine, cluster, rollouts, judge, traces, sft, decode, evaluate, report"
 
 
 def error_of(folder: Path, text: str, *overrides: str) -> str:
@@ -73,6 +73,22 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
         ("task: {name: countdown, numbers: 2}", [], "task.numbers (set in FILE): should be greater than or equal to 3, not 2"),
         ("task: {name: countdown, ood_numbers: 4}", [], "task (set in FILE): ood_numbers must be above numbers, 4, is 4"),
         ("task: {ood_steps: [3, 4]}", [], "task (set in FILE): ood_steps must begin above the most steps of training, 4"),
+        ("", ["decode.threshold=1.5"], "decode.threshold (set in the command line): should be less than or equal to 1, not 1.5"),
+        ("decode: {threshold: -0.1}", [], "decode.threshold (set in FILE): should be greater than or equal to 0, not -0.1"),
+        ("decode: {threshold: null, undo_bias: .inf}", [], "decode.undo_bias (set in FILE): should be less than or equal to 100"),
+        ("decode: {threshold: null, undo_bias: .nan}", [], "decode.undo_bias (set in FILE): should be "),
+        ("decode: {max_undos: 0}", [], "decode.max_undos (set in FILE): should be greater than or equal to 1, not 0"),
+        ("decode: {max_undos_per_state: 0}", [], "decode.max_undos_per_state (set in FILE): should be greater than or equal to 1"),
+        ("decode: {rewinding: later}", [], "decode.rewinding (set in FILE): should be 'deferred' or 'immediate', not 'later'"),
+        (
+            "",
+            ["decode.undo_bias=1.5"],
+            "decode (set in the command line): undo_bias has no effect beside a threshold: set undo_bias to 0, is 1.5, "
+            "or threshold to null, is 0.7",
+        ),
+        ("evaluate: {modes: []}", [], "evaluate.modes (set in FILE): List should have at least 1 item"),
+        ("evaluate: {modes: [soft, soft]}", [], "evaluate.modes (set in FILE): must name each mode once, not ['soft', 'soft']"),
+        ("evaluate: {modes: [forbidden]}", [], "evaluate.modes.0 (set in FILE): should be 'rewind' or 'soft', not 'forbidden'"),
     ],
 )
 def test_wrong_settings(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
@@ -131,6 +147,8 @@ def test_overrides_win_and_leave_the_rest(tmp_path: Path) -> None:
     assert found.undo.words == ["x"] and found.run == RunSettings(name="a", seed=3)
     assert load_settings(tmp_path / "my.yaml", ["sft.lr=1e-4"]).sft.lr == 1e-4
     assert load_settings(tmp_path / "my.yaml", ["base.model=a/b=c"]).base.model == "a/b=c"
+    sampled = load_settings(tmp_path / "my.yaml", ["decode.threshold=null", "decode.undo_bias=-2", "evaluate.modes=[soft]"])
+    assert (sampled.decode.threshold, sampled.decode.undo_bias, sampled.evaluate.modes) == (None, -2, ["soft"])
 
 
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:

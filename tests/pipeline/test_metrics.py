@@ -78,13 +78,14 @@ def test_auroc_counts_pairs(positive: list[float], negative: list[float]) -> Non
 
 def test_nothing_to_measure_is_none() -> None:
     assert share(0, 0) is None and paired([], []) is None and auroc([], []) is None
-    assert summarise([], [], 1, 0.0) == {"evaluations": [], "comparisons": [], "probes": []}
+    assert summarise([], [], 1, 0.0, "rewind") == {"evaluations": [], "comparisons": [], "probes": []}
 
 
 def row(model: str, number: int, first: bool, last: bool, **more: Any) -> Evaluated:
-    """A row of the test split; every third problem has hindsight."""
+    """A row of the test split in mode rewind; every third problem has hindsight."""
     hindsight = number % 3 == 0
-    given: dict[str, Any] = {"split": "test", "tokens": 10, "undos": 0, "noops": 0, "spurious": 0, "finish": "stop"} | more
+    given: dict[str, Any] = {"mode": "rewind", "split": "test", "tokens": 10, "undos": 0, "noops": 0, "spurious": 0}
+    given |= {"finish": "stop"} | more
     return Evaluated(
         model=model,
         problem=str(number),
@@ -110,6 +111,15 @@ ROWS = [
     row("base", 4, True, True, split="dev"),
     row("sft", 4, True, True, split="dev"),
 ]
+BOTH = [
+    *ROWS,
+    *(
+        row(model, number, number in (1, 3), number == 0, mode="soft", tokens=50)
+        for model in ("base", "sft")
+        for number in range(4)
+    ),
+    *(row(model, 4, True, True, mode="soft", split="dev") for model in ("base", "sft")),
+]
 
 
 def only(entries: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
@@ -119,30 +129,48 @@ def only(entries: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
 
 
 def test_figures_of_hand_made_rows() -> None:
-    evaluations = summarise(ROWS, [], 2, 0.5)["evaluations"]
-    soft = only(evaluations, model="sft", split="test", group="all", mode="soft")
-    assert (soft["round"], soft["temperature"], soft["n"], soft["accuracy"]) == (2, 0.5, 4, 0.75)
-    assert soft["ci95"] == pytest.approx([0.3006, 0.9544], abs=1e-4)
-    assert (soft["first_try_accuracy"], soft["wrong_to_right"], soft["right_to_wrong"]) == (0.5, 2, 1)
-    assert (soft["undo_rate"], soft["undos_per_problem"], soft["spurious_undo_rate"]) == (0.75, 1.5, 0.5)
-    assert (soft["noop_undos"], soft["tokens_per_problem"], soft["cut_at_max_tokens"]) == (2, 25, 1)
+    evaluations = summarise(ROWS, [], 2, 0.5, "rewind")["evaluations"]
+    found = only(evaluations, model="sft", split="test", group="all", mode="rewind")
+    assert (found["round"], found["temperature"], found["n"], found["accuracy"]) == (2, 0.5, 4, 0.75)
+    assert found["ci95"] == pytest.approx([0.3006, 0.9544], abs=1e-4)
+    assert (found["first_try_accuracy"], found["wrong_to_right"], found["right_to_wrong"]) == (0.5, 2, 1)
+    assert (found["undo_rate"], found["undos_per_problem"], found["spurious_undo_rate"]) == (0.75, 1.5, 0.5)
+    assert (found["noop_undos"], found["tokens_per_problem"], found["cut_at_max_tokens"]) == (2, 25, 1)
     forbidden = only(evaluations, model="sft", split="test", group="all", mode="forbidden")
     assert (forbidden["n"], forbidden["accuracy"]) == (4, 0.5)
-    hindsight = only(evaluations, model="sft", split="test", group="hindsight", mode="soft")
+    hindsight = only(evaluations, model="sft", split="test", group="hindsight", mode="rewind")
     assert (hindsight["n"], hindsight["accuracy"], hindsight["wrong_to_right"]) == (2, 1, 1)
-    boxes = only(evaluations, model="sft", split="test", group="boxes", mode="soft")
+    boxes = only(evaluations, model="sft", split="test", group="boxes", mode="rewind")
     assert {**boxes, "group": ""} == {**hindsight, "group": ""}
-    absent = only(evaluations, model="sft", split="dev", group="hindsight", mode="soft")
+    absent = only(evaluations, model="sft", split="dev", group="hindsight", mode="rewind")
     assert absent["n"] == 0 and absent["accuracy"] is absent["ci95"] is absent["undo_rate"] is None
 
 
 def test_comparisons_of_hand_made_rows() -> None:
-    comparisons = summarise(ROWS, [], 1, 0.0)["comparisons"]
-    base = only(comparisons, split="test", group="all", before="base soft", after="sft soft")
+    comparisons = summarise(ROWS, [], 1, 0.0, "rewind")["comparisons"]
+    base = only(comparisons, split="test", group="all", before="base rewind", after="sft rewind")
     assert (base["difference"], base["gained"], base["lost"], base["n"], base["mcnemar_p"]) == (0.25, 2, 1, 4, 1.0)
     own = only(comparisons, split="test", group="all", before="sft forbidden")
     assert (own["gained"], own["lost"]) == (2, 1)
     assert not [entry for entry in comparisons if entry["n"] == 0]
+
+
+def test_modes_are_measured_apart_and_compared_in_the_main_one() -> None:
+    found = summarise(BOTH, [], 1, 0.0, "rewind")
+    alone = summarise(ROWS, [], 1, 0.0, "rewind")
+    assert [entry for entry in found["evaluations"] if entry["mode"] != "soft"] == alone["evaluations"]
+    soft = only(found["evaluations"], model="sft", split="test", group="all", mode="soft")
+    assert (soft["n"], soft["accuracy"], soft["tokens_per_problem"], soft["wrong_to_right"]) == (4, 0.25, 50, 1)
+    modes = {(one["before"], one["after"]) for one in found["comparisons"]}
+    assert modes == {(name, "sft rewind") for name in ("base rewind", "sft forbidden", "sft soft")}
+    own = only(found["comparisons"], split="test", group="all", before="sft soft")
+    assert (own["difference"], own["gained"], own["lost"], own["n"]) == (0.5, 2, 0, 4)
+    turned = summarise(BOTH, [], 1, 0.0, "soft")["comparisons"]
+    assert {(one["before"], one["after"]) for one in turned} == {
+        (name, "sft soft") for name in ("base soft", "sft forbidden", "sft rewind")
+    }
+    base = only(turned, split="test", group="all", before="base soft")
+    assert (base["difference"], base["gained"], base["lost"]) == (0, 0, 0)
 
 
 def test_probes_of_hand_made_rows() -> None:
@@ -152,7 +180,7 @@ def test_probes_of_hand_made_rows() -> None:
         Probed("sft", "a", "chain", False, "operand", 0.2, 0.4, -1.5),
         Probed("sft", "b", "boxes", True, "choice", 0.8, 0.0, -1.0),
     ]
-    found = summarise(ROWS, probes, 1, 0.0)["probes"]
+    found = summarise(ROWS, probes, 1, 0.0, "rewind")["probes"]
     sft = only(found, model="sft", group="all")
     assert (sft["n"], sft["p_undo_error"], sft["p_undo_right"], sft["auroc"]) == (2, 0.5, 0.2, 0.75)
     assert sft["logp_error_change"] == pytest.approx((-0.5 + 1.0) / 2)
@@ -166,4 +194,7 @@ def test_a_round_is_accepted_when_dev_accuracy_did_not_fall(base: int, sft: int,
     rows += [row("sft", i, True, i < sft, split="dev") for i in range(4)]
     rows += [row("clean_control", i, True, True, split="dev") for i in range(4)]
     rows += [row("base", i, True, yes, split="test") for i in range(4)]  # the test split has no say
-    assert accepted(rows) is yes
+    rows += [row("sft", i, True, not yes, split="dev", mode="soft") for i in range(4)]  # nor has another mode
+    rows += [row("base", i, True, yes, split="dev", mode="soft") for i in range(4)]
+    assert accepted(rows, "rewind") is yes
+    assert accepted(rows, "soft") is not yes

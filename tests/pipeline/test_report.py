@@ -15,7 +15,7 @@ import pytest
 from datasets import Features
 
 from pipeline.backtrack.undo import UndoRule
-from pipeline.config import Settings
+from pipeline.config import DecodeSettings, Settings
 from pipeline.metrics import Evaluated, Probed, summarise
 from pipeline.report import (
     LONGEST,
@@ -49,16 +49,19 @@ FAMILIES = {"chain": False, "shop": False, "boxes": True, "legs": True}
 RATES = {"base": 0.6, "clean_control": 0.72, "sft": 0.85}
 
 
-def evaluated(models: tuple[str, ...] = ("base", "clean_control", "sft"), each: int = 20) -> list[Evaluated]:
+def evaluated(
+    models: tuple[str, ...] = ("base", "clean_control", "sft"), each: int = 20, modes: tuple[str, ...] = ("rewind", "soft")
+) -> list[Evaluated]:
     rng = random.Random(0)
     return [
         Evaluated(
             model=model,
+            mode=mode,
             problem=f"made/{split}/{family}{i}",
             split=split,
             family=family,
             hindsight=hindsight,
-            correct=rng.random() < RATES[model] - 0.2 * (split == "ood"),
+            correct=rng.random() < RATES[model] - 0.2 * (split == "ood") - 0.1 * (mode == "soft"),
             first_correct=rng.random() < RATES[model] - 0.1,
             tokens=rng.randint(20, 60),
             undos=int(model == "sft" and rng.random() < 0.4),
@@ -69,6 +72,7 @@ def evaluated(models: tuple[str, ...] = ("base", "clean_control", "sft"), each: 
             first_token_ids=(1,),
         )
         for model in models
+        for mode in modes
         for split in ("test", "dev", "ood")
         for family, hindsight in FAMILIES.items()
         for i in range(each)
@@ -86,8 +90,9 @@ def probed(models: tuple[str, ...] = ("base", "clean_control", "sft")) -> list[P
 
 
 def metrics(rows: list[Evaluated], probes: list[Probed]) -> dict[str, Any]:
-    found = summarise(rows, probes, 1, 0.0)
-    return {"run": "made", "rounds": [{"round": 1, "accepted": True}], **found}
+    main = rows[0].mode
+    found = summarise(rows, probes, 1, 0.0, main)
+    return {"run": "made", "rounds": [{"round": 1, "accepted": True, "mode": main}], **found}
 
 
 def shown(written: list[Piece], correct: bool = False, question: str = "How many?") -> Shown:
@@ -174,8 +179,8 @@ class TestWords:
             "round": 1,
             "split": "test",
             "group": "hindsight",
-            "before": "clean_control soft",
-            "after": "sft soft",
+            "before": "clean_control rewind",
+            "after": "sft rewind",
             "difference": 0.125,
             "ci95": [0.04, 0.21],
             "mcnemar_p": 0.004,
@@ -201,6 +206,11 @@ class TestWords:
 
     def test_no_difference(self) -> None:
         assert "level with its own first tries" in in_words(self.comparison(difference=0.0, before="sft forbidden"))
+
+    def test_what_sft_is_compared_with(self) -> None:
+        assert "above itself in mode “soft” on hindsight" in in_words(self.comparison(before="sft soft"))
+        assert "above the model before on" in in_words(self.comparison(before="base rewind"))
+        assert "above some other model on" in in_words(self.comparison(before="some_other_model rewind"))
 
     @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "x"])
     def test_what_is_no_number_is_never_0(self, value: Any) -> None:
@@ -279,12 +289,33 @@ class TestPage:
         assert "Nothing was evaluated." in html
 
     def test_two_rounds_stand_in_one_table(self) -> None:
-        first, second = summarise(evaluated(), probed(), 1, 0.0), summarise(evaluated(), probed(), 2, 0.0)
+        first, second = (summarise(evaluated(), probed(), round, 0.0, "rewind") for round in (1, 2))
         both = {name: first[name] + second[name] for name in first}
-        rounds = [{"round": 1, "accepted": False}, {"round": 2, "accepted": True}]
+        rounds = [{"round": round, "accepted": round == 2, "mode": "rewind"} for round in (1, 2)]
         html = render(replace(page(), metrics={"run": "made", "rounds": rounds, **both}))
         assert "Round by round" in html and "fell: not accepted" in html
         parsed(html)
+
+    def test_the_main_mode_leads_and_all_modes_stand_side_by_side(self) -> None:
+        rows = evaluated()
+        for modes in (("rewind", "soft"), ("soft", "rewind")):
+            html = render(page([row for mode in modes for row in rows if row.mode == mode]))
+            lead = html[html.index('class="lead"') : html.index("<nav")]
+            right = [row.correct for row in rows if (row.model, row.mode, row.split) == ("sft", modes[0], "test")]
+            assert f"right on {percent(sum(right) / len(right))} of 80 test problems" in lead
+            assert f"itself in mode “{modes[1]}”" in html and f"itself in mode “{modes[0]}”" not in html
+            table = html[html.index("Mode by mode") : html.index("</table>", html.index("Mode by mode"))]
+            assert re.findall(r'<tr><th scope="row">(\w+)', table) == list(modes) * 3
+            parsed(html)
+
+    def test_the_page_says_how_it_was_decoded(self) -> None:
+        html = render(page())
+        assert "gone from the model's context, undo written exactly where its probability is above 0.7 and what was taken" in html
+        sampled = DecodeSettings(threshold=None, ban_tried=False)
+        assert "gone from the model's context (mode “rewind”)." in render(page(decode=sampled))
+        alone = render(page(evaluated(modes=("soft",))))
+        assert "still in the model's context (mode “soft”)." in alone
+        assert "Mode by mode" not in alone and "rewind" not in alone
 
 
 QUESTIONS = {
@@ -351,7 +382,8 @@ def stage_inputs(folder: Path, settings: Settings) -> dict[str, Path]:
             continue
         wrong, right = WRITTEN[row.family]
         ids = (*codec.encode(wrong), codec.rule.undo_id, *codec.solution_ids(right))
-        done.append(replace(row, problem=f"made/{row.split}/{row.family}", undos=1, correct=row.family == "boxes", token_ids=ids))
+        right_now = row.family == "boxes" and row.mode == "rewind"
+        done.append(replace(row, problem=f"made/{row.split}/{row.family}", undos=1, correct=right_now, token_ids=ids))
     found = {
         "problems": rows("problems", known, problems.FEATURES),
         "base": base,
@@ -364,7 +396,9 @@ def stage_inputs(folder: Path, settings: Settings) -> dict[str, Path]:
     write_json([{"filter": "length", "source": "self", "count": 4}], folder / "traces" / "removed.json")
     (folder / "sft").mkdir()
     write_json({"losses": [[5, 0.5]], "checks": [], "step": 5, "tokens": 80}, folder / "sft" / "curve.json")
-    write_json(summarise(done, probed(), 1, 0.0) | {"accepted": True}, folder / "evaluate" / "metrics.json")
+    write_json(
+        summarise(done, probed(), 1, 0.0, "rewind") | {"accepted": True, "mode": "rewind"}, folder / "evaluate" / "metrics.json"
+    )
     return found
 
 
@@ -398,12 +432,12 @@ class TestStage:
         folder, counts = written
         html = (folder / "out" / "report.html").read_text()
         parsed(html)
-        assert counts["rows"] == 2
+        assert counts["rows"] == 2 and html.count("✓ right") == 1  # of the main mode alone
         assert "25+18=43\n</del>" in html and "&lt;&lt;5*5=25&gt;&gt;25" in html
         assert "12 &lt;b&gt;apples&lt;/b&gt; &amp; buys" in html
         assert "&lt;|end|&gt;" not in html
         found = json.loads((folder / "out" / "metrics.json").read_text())
-        assert found["run"] == "tiny" and found["rounds"] == [{"round": 1, "accepted": True}]
+        assert found["run"] == "tiny" and found["rounds"] == [{"round": 1, "accepted": True, "mode": "rewind"}]
         assert {row["model"] for row in found["evaluations"]} == set(RATES)
         assert found["counts"]["problems"] == {"train": 2, "dev": 2, "test": 2}
 

@@ -1,0 +1,209 @@
+"""Evaluation without Ray: each mode's rows are what its engine decodes, first tries are shared, spurious undos counted by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from datasets import load_from_disk
+from transformers import AutoModelForCausalLM
+
+from actors import learner
+from actors.decode import HfDecoder
+from actors.engines import Completion, HfEngine, Request, Sampling
+from actors.probe import probe
+from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
+from pipeline.backtrack.embedding import add_undo_token
+from pipeline.config import DecodeSettings, EngineSettings, EvaluateSettings, RolloutSettings, ScratchModel, Settings, SyntheticTask
+from pipeline.config import UndoSettings as Undo
+from pipeline.stages import evaluate
+from pipeline.stages.base import new_model, train_tokenizer
+from pipeline.stages.io import Codec, write_rows
+from pipeline.stages.problems import FEATURES
+from pipeline.stages.rollouts import row_seed
+from pipeline.stages.stage import Context
+from pipeline.tasks import synthetic
+from pipeline.tasks.problem import Problem
+
+TASK = SyntheticTask(train=8, dev=8, test=8, ood=8)
+PROBLEMS = list(synthetic.load(TASK, seed=0))
+EVALUATED = [problem for split in ("test", "dev", "ood") for problem in PROBLEMS if problem.split == split]
+MAX_TOKENS, CONTEXT = 24, 512
+SHARED: dict[str, Any] = {"ban_tried": True, "max_undos": 6, "max_undos_per_state": 3, "rewinding": "deferred"}
+
+
+def settings_of(**evaluate: Any) -> Settings:
+    decode = {name: evaluate.pop(name) for name in list(evaluate) if name in DecodeSettings.model_fields}
+    return Settings(
+        engine=EngineSettings(kind="hf", max_prompt=400, max_num_seqs=8),
+        rollouts=RolloutSettings(max_tokens=MAX_TOKENS),
+        decode=DecodeSettings(**{"threshold": 0.01, "max_undos": 6, "max_undos_per_state": 3} | decode),
+        evaluate=EvaluateSettings(max_tokens=MAX_TOKENS, **evaluate),
+        undo=Undo(unit="token"),
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two models of one tokenizer whose random weights are far from even, so that undo is now likely and now not."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    write_rows([vars(problem) for problem in PROBLEMS], FEATURES, folder / "problems")
+    for seed, name in enumerate(("model", "sft")):
+        tokenizer = train_tokenizer([f"{problem.question}\n{problem.solution}" for problem in PROBLEMS], 320)
+        model: Any = new_model(ScratchModel(layers=2, width=32, heads=2, vocab=320, context=CONTEXT), tokenizer, seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(6)
+        undo = Undo()
+        undo_id = add_undo_token(model, tokenizer, undo.token, undo.init, undo.words, undo.description, undo.noise, seed)
+        with torch.no_grad():
+            row = model.get_input_embeddings().weight
+            row[undo_id] = row[2:undo_id].mean(0) * 12 + row[7 + seed]  # else so small that its probability hardly varies
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return {name: folder / name for name in ("problems", "model", "sft")}
+
+
+class _Progress:
+    def advance(self, n: int = 1, note: str = "") -> None: ...
+    def update(self, done: int, note: str = "") -> None: ...
+
+
+class _Terminal:
+    @contextmanager
+    def stage(self, *_: Any) -> Iterator[_Progress]:
+        yield _Progress()
+
+    def warn(self, text: str) -> None: ...
+
+
+@dataclass
+class LocalWorkers:
+    """The learner and an engine in this process."""
+
+    learner: Any
+
+    def decode(self, folder: Path, requests: Sequence[DecodeRequest], decoding: Decoding, row_tokens: int,
+               on_rows: Callable[[int, int], None]) -> list[Decoded]:  # fmt: skip
+        on_rows(len(requests), 0)
+        found: list[Decoded] = self.learner.decode(str(folder), requests, decoding, 8, row_tokens)
+        return found
+
+    def pool(self, folder: Path, version: str, context: int) -> Any:
+        engine = HfEngine(AutoModelForCausalLM.from_pretrained(folder), 8)
+
+        def generate(requests: Sequence[Request], sampling: Sampling, *_: Any) -> tuple[list[Completion], str]:
+            return engine.generate(requests, sampling), version
+
+        return SimpleNamespace(generate=generate)
+
+    def probe(self, folder: Path, rows: Any) -> list[tuple[float, ...]]:
+        return probe(folder, rows)
+
+
+def evaluated(inputs: dict[str, Path], out: Path, settings: Settings) -> list[dict[str, Any]]:
+    """Rows of the stage, after checking that each model was loaded once for decoding."""
+    loaded: list[Path] = []
+    load = HfDecoder.from_folder
+
+    def watched(folder: Path, max_num_seqs: int, row_tokens: int) -> HfDecoder:
+        loaded.append(folder)
+        return load(folder, max_num_seqs, row_tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learner, "redirect_process_output", lambda file: None)
+        patch.setattr(HfDecoder, "from_folder", staticmethod(watched))
+        context = SimpleNamespace(
+            settings=settings,
+            round=1,
+            out=out,
+            counts={},
+            inputs=inputs,
+            digests={"model": "a", "sft": "b"},
+            terminal=_Terminal(),
+            workers=LocalWorkers(learner._Learner("")),
+        )
+        evaluate.run(cast(Context, context))
+    assert loaded == ([inputs["model"], inputs["sft"]] if "rewind" in settings.evaluate.modes else [])
+    return [dict(row) for row in load_from_disk(out)]
+
+
+def decoded(folder: Path, codec: Codec, how: Decoding, problems: Sequence[Problem] = EVALUATED) -> list[tuple[int, ...]]:
+    """Ids of all problems, by the decoder itself, every row alone."""
+    decoder = HfDecoder.from_folder(folder, 1, CONTEXT)
+    requests = [DecodeRequest(codec.prompt_ids(problem), row_seed(0, f"evaluate/{problem.id}")) for problem in problems]
+    return [decoder.decode([request], how)[0].ids for request in requests]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "threshold"),
+    [(0.0, 0.01), (0.9, 0.01), (0.0, None), (0.9, None)],
+    ids=["greedy", "hot", "greedy-drawn", "drawn"],
+)
+def test_rewind_rows_are_those_of_the_decoder(
+    inputs: dict[str, Path], tmp_path: Path, temperature: float, threshold: float | None
+) -> None:
+    more: dict[str, Any] = {"threshold": threshold, "undo_bias": 0.0 if threshold else 3.0}
+    rows = evaluated(inputs, tmp_path, settings_of(temperature=temperature, modes=["rewind"], **more))
+    codec = Codec(inputs["model"], Undo(unit="token"), "{question}\n")
+    rewind = Decoding("rewind", temperature, 1.0, MAX_TOKENS, codec.stop_id, codec.rule, **SHARED, **more)
+    for model, folder in (("base", inputs["model"]), ("sft", inputs["sft"])):
+        mine = [row for row in rows if row["model"] == model]
+        assert [row["problem"] for row in mine] == [problem.id for problem in EVALUATED]
+        assert [tuple(row["token_ids"]) for row in mine] == decoded(folder, codec, rewind)
+        assert [tuple(row["first_token_ids"]) for row in mine] == decoded(folder, codec, replace(rewind, mode="forbidden"))
+        assert all(row["tokens"] == len(row["token_ids"]) and row["mode"] == "rewind" for row in mine)
+        assert [row["undos"] for row in mine] == [row["token_ids"].count(codec.rule.undo_id) for row in mine]
+        assert not any(row["noops"] for row in mine)
+    assert sum(row["undos"] > 0 for row in rows) > 4 and any(row["undos"] == 0 for row in rows)
+
+
+def test_modes_share_the_first_tries_of_the_main_one(inputs: dict[str, Path], tmp_path: Path) -> None:
+    asked = {"both": ["rewind", "soft"], "soft": ["soft"]}
+    rows = {name: evaluated(inputs, tmp_path / name, settings_of(modes=modes)) for name, modes in asked.items()}
+    kinds = [(row["model"], row["mode"]) for row in rows["both"]]
+    assert kinds == [(a, b) for a in ("base", "sft") for b in ("rewind", "soft") for _ in EVALUATED]
+    first = {mode: [row["first_token_ids"] for row in rows["both"] if row["mode"] == mode] for mode in ("rewind", "soft")}
+    assert first["rewind"] == first["soft"] == [row["first_token_ids"] for row in rows["soft"]]  # greedy: any engine agrees
+    assert [row for row in rows["both"] if row["mode"] == "soft"] == rows["soft"]
+
+
+def spurious(unit: str, folder: Path, *pieces: str | int) -> int:
+    """Spurious undos in a text; numbers are runs of undo tokens."""
+    codec = Codec(folder, Undo(unit=cast(Any, unit)), "{question}\n")
+    ids: list[int] = []
+    for piece in pieces:
+        ids += codec.encode(piece) if isinstance(piece, str) else [codec.rule.undo_id] * piece
+    return evaluate.spurious_undos(CHAIN, ids, codec)
+
+
+CHAIN = next(problem for problem in EVALUATED if problem.family == "chain")
+LINES = [f"{line}\n" for line in CHAIN.solution.split("\n")]
+START, VALUE, _ = LINES[0].replace(">>", "=").split("=")
+DIGIT = str((int(VALUE) + 1) % 10)
+WRONG = LINES[0].replace(f"={VALUE}>>{VALUE}", f"={DIGIT}>>{DIGIT}")
+
+
+def test_an_undo_is_spurious_where_nothing_wrong_stood(inputs: dict[str, Path]) -> None:
+    folder = inputs["model"]
+    assert spurious("step", folder, WRONG, 1, LINES[0], LINES[1]) == 0
+    assert spurious("step", folder, LINES[0], 1, LINES[0], LINES[1], 1) == 2
+    assert spurious("step", folder, WRONG, LINES[1], 1, 1) == 0  # the error still stands when the line behind it goes
+    assert spurious("step", folder, WRONG, 2) == 0  # the second one deletes nothing
+    assert spurious("all", folder, LINES[0], 1, WRONG, 1, LINES[0]) == 1
+    assert spurious("all", folder, LINES[0], WRONG, 1, 1) == 0
+
+
+def test_a_run_of_undos_is_spurious_from_where_it_has_gone_too_far(inputs: dict[str, Path]) -> None:
+    """In a deferred run too, an inner undo is judged by what the ones before it have left."""
+    folder = inputs["model"]
+    assert spurious("token", folder, f"{START}=", DIGIT, 1, VALUE) == 0
+    assert spurious("token", folder, f"{START}=", DIGIT, ">>", 2, VALUE) == 0
+    assert spurious("token", folder, f"{START}=", DIGIT, 4) == 3
+    assert spurious("token", folder, f"{START}=", VALUE, 2) == 2
