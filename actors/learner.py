@@ -132,6 +132,7 @@ def _arguments(settings: TrainSettings, seed: int, folder: str) -> SFTConfig:
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
         save_strategy="no",
+        train_sampling_strategy="sequential",  # rows are packed in the order of the steps
         report_to="none",
         disable_tqdm=True,
         seed=seed,
@@ -158,11 +159,15 @@ class TreeTrainer(SFTTrainer):
         return batches, weight
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
-        row, column, target, weight = (inputs[name] for name in ("row", "column", "target", "weight"))
+        row, column, target, weight, ends_run = (inputs[name] for name in ("row", "column", "target", "weight", "ends_run"))
         with logits_only_at(self.accelerator.unwrap_model(model), row, column):
             seen = {name: inputs[name] for name in ("input_ids", "position_ids", "attention_mask")}
-            logits_NV = model(**seen, use_cache=False).logits
-        losses = torch.nn.functional.cross_entropy(logits_NV.float(), target, reduction="none")
+            logits_NV = model(**seen, use_cache=False).logits.float()
+        losses = torch.nn.functional.cross_entropy(logits_NV, target, reduction="none")
+        if ends_run.any():  # what is taught is not to emit the target: -log(1 - p)
+            ended = logits_NV[ends_run]
+            others = ended.scatter(1, target[ends_run].unsqueeze(1), -torch.inf)
+            losses = losses.masked_scatter(ends_run, ended.logsumexp(1) - others.logsumexp(1))
         return (losses * weight).sum() / max(num_items_in_batch, 1e-9)
 
 

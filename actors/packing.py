@@ -143,7 +143,8 @@ def collate(rows: Sequence[Sequence[Example]], data: TrainingSet, pad_id: int, r
     ]
     layout = lay_out(laid, row_tokens, pad_id)
     taught = layout.weight > 0
-    keys = torch.stack([layout.row, layout.column, layout.target])[:, taught]
+    ends_run = torch.tensor([action.ends_run for action in layout.actions], dtype=torch.long)
+    keys = torch.stack([layout.row, layout.column, layout.target, ends_run])[:, taught]
     places, which = torch.unique(keys, dim=1, return_inverse=True)
     weight = torch.zeros(places.shape[1]).index_add_(0, which, layout.weight[taught])
     return {
@@ -154,4 +155,5 @@ def collate(rows: Sequence[Sequence[Example]], data: TrainingSet, pad_id: int, r
         "column": places[1],
         "target": places[2],
         "weight": weight,
+        "ends_run": places[3].bool(),
     }

@@ -41,10 +41,10 @@ class SearchTree:
 def harvest(tree: SearchTree, low: float = 0.2, most: int | None = None) -> tuple[tuple[int, ...], tuple[Detour, ...]] | None:
     """The solution of a tree and the wrong tries beside it.
 
-    The solution is the right leaf of the highest value, the shortest among equals. A wrong try leaves it at any of its nodes by a
-    child with finished descendants none of which is right. It goes on along the child of the highest value until its value has
-    dropped to `low`: that is where the error can be seen. A branch whose value never drops that far shows no evidence and is left.
-    The wrong decision is all of its first step from the first token on that the solution does not have there.
+    The solution is the right leaf of the highest value, of the fewest steps among equals. A wrong try leaves it at any of its nodes
+    by a child with finished descendants none of which is right. It goes on along the child of the highest value until its value
+    has dropped to `low`: that is where the error can be seen. A branch whose value never drops that far shows no evidence and is
+    left. The wrong decision is all of its first step from the first token on that the solution does not have there.
 
     Returns:
         (ids of the solution, detours in the order of their places); None without a right leaf or without a wrong try.

@@ -110,6 +110,12 @@ def step_labels(trace: Trace, rule: UndoRule, step_ends: frozenset[int]) -> tupl
     return tuple(labels)
 
 
+def last_detour(solution: Sequence[int], detours: Sequence[Detour], rule: UndoRule) -> int:
+    """Index of the detour that a trace takes last."""
+    last = _places(solution, detours, rule)[-1][2]
+    return max(at for at, one in enumerate(detours) if one is last)
+
+
 class _Writer:
     """Writes tokens as a model would emit them; what stands at each moment is the undo stream's word."""
 

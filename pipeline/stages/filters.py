@@ -71,10 +71,7 @@ def keep(
     checks: tuple[tuple[str, Callable[[Candidate], bool]], ...] = (
         ("length", lambda one: len(one.trace.ids) <= longest),
         ("most_undos", lambda one: settings.most_undos is None or one.trace.roles.count(Role.UNDO) <= settings.most_undos),
-        (
-            "kinds",
-            lambda one: settings.kinds is None or one.source not in ("self", "near_miss") or {*one.kinds} <= {*settings.kinds},
-        ),
+        ("kinds", lambda one: settings.kinds is None or one.source not in JUDGED or {*one.kinds} <= {*settings.kinds}),
         ("late_evidence", lambda one: not settings.late_evidence or has_late_evidence(one)),
         ("duplicates", lambda one: not settings.duplicates or one.trace.ids not in seen),
     )

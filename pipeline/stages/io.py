@@ -50,6 +50,10 @@ class Text:
     offsets: tuple[tuple[int, int], ...]
     """[tokens] half-open character spans; a character made of several tokens belongs to the last of them."""
 
+    def token_at(self, char: int) -> int:
+        """Index of the first token of a character, or of the token that spans it; the number of tokens behind the text's end."""
+        return next((i for i, (start, end) in enumerate(self.offsets) if end > char or start >= char), len(self.ids))
+
 
 class Codec:
     """A model folder's tokenizer with the undo rule: text from ids, ids from text, prompts from questions."""
@@ -70,6 +74,11 @@ class Codec:
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
+    def continued_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of text that stands behind a line break: some tokenizers put a space before whatever they are given."""
+        lead, whole = self.encode("\n"), self.encode(f"\n{text}")
+        return whole[len(lead) :] if whole[: len(lead)] == lead else self.encode(text)
+
     def solution_ids(self, text: str) -> tuple[int, ...]:
         """Ids of a whole solution, the stop id included."""
         return (*self.encode(text), self.stop_id)
@@ -86,7 +95,10 @@ class Codec:
         text = "".join(pieces)
         if "\ufffd" in text or text != self._text(ids):
             # A character spans several tokens, or text depends on neighbours: decode every prefix.
-            prefixes = [self._text(ids[:end]).rstrip("\ufffd") for end in range(len(ids) + 1)]
+            # Byte fallback decodes an unfinished character and all bytes before it as \ufffd: what was settled stays.
+            prefixes = [""]
+            for end in range(1, len(ids) + 1):
+                prefixes.append(max(prefixes[-1], self._text(ids[:end]).rstrip("\ufffd"), key=len))
             pieces = [after[len(before) :] for before, after in itertools.pairwise(prefixes)]
             text = "".join(pieces)
         offsets, start = [], 0

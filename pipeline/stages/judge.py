@@ -130,7 +130,7 @@ def _by_rollouts(
 
 
 def _case(row_id: str, prompt: Sequence[int], text: Text, verdict: Verdict) -> Case:
-    cuts = [token_span(text.offsets, step.start, step.start + 1)[0] for step in verdict.steps]
+    cuts = [text.token_at(step.start) for step in verdict.steps]
     return Case(row_id, tuple(prompt), ((), *(text.ids[:cut] for cut in cuts[1:])))
 
 
@@ -154,7 +154,7 @@ def _shared(one: Sequence[int], other: Sequence[int]) -> int:
 def _row(row_id: str, problem: str, text: Text, judged: Judged, method: str, continuation: Sequence[int]) -> dict[str, object]:
     verdict, attempt = judged.verdict, judged.attempt
     error = verdict.error
-    tokens = token_span(text.offsets, error.start, error.end) if error else (-1, -1)
+    tokens = (text.token_at(error.start), token_span(text.offsets, error.start, error.end)[1]) if error else (-1, -1)
     return {
         "id": row_id,
         "problem": problem,

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.backtrack.harvest import SearchTree, harvest
 from pipeline.backtrack.inject import aligned_injection, random_injection, trivial_ids
-from pipeline.backtrack.trace import Detour, Role, Trace, WrongTry, build_trace
+from pipeline.backtrack.trace import Detour, Role, Trace, WrongTry, build_trace, last_detour
 from pipeline.config import TraceSettings
 from pipeline.stages.io import Codec, read_rows
 from pipeline.stages.stage import StageError
@@ -97,10 +97,9 @@ def sort_rollouts(
 def locate(verdict: Mapping[str, Any], rollout: Mapping[str, Any], problem: Problem, codec: Codec) -> Located | None:
     """Cut a wrong rollout at its first error; None when a token spans the border of the wrong step."""
     text = codec.decode(rollout["token_ids"])
-    # The first tokens of a character that several make up have no characters of their own: they go with their last one.
     begin = verdict["try_start"]
-    cut = next((i for i, (start, end) in enumerate(text.offsets) if end > begin or start >= begin), len(text.ids))
-    if cut < len(text.offsets) and text.offsets[cut][0] < verdict["try_start"]:
+    cut = text.token_at(begin)
+    if cut < len(text.offsets) and text.offsets[cut][0] < begin:
         return None
     own = text.ids[cut:]
     continued: Ids = ()
@@ -108,14 +107,14 @@ def locate(verdict: Mapping[str, Any], rollout: Mapping[str, Any], problem: Prob
     if verdict["try_own"]:
         end = verdict["try_start"] + len(verdict["try_text"])
         tried = tuple(token for token, (start, _) in zip(own, text.offsets[cut:], strict=True) if start < end)
-        piece = codec.decode(tried)
-        if piece.text != verdict["try_text"]:
+        offsets = [(low - begin, high - begin) for low, high in text.offsets[cut : cut + len(tried)]]
+        if not tried or offsets[-1][1] != len(verdict["try_text"]):
             return None
         continued = own[len(tried) :]
     else:
-        tried = codec.encode(verdict["try_text"])
-        piece = codec.decode(tried)
-    marks = [any(low < end and max(high, low + 1) > start for start, end in verdict["try_wrong"]) for low, high in piece.offsets]
+        tried = codec.continued_ids(verdict["try_text"]) if cut else codec.encode(verdict["try_text"])
+        offsets = list(codec.decode(tried).offsets)
+    marks = [any(low < end and max(high, low + 1) > start for start, end in verdict["try_wrong"]) for low, high in offsets]
     if not any(marks):
         return None
     if not verdict["try_own"]:
@@ -168,7 +167,7 @@ def own_errors(judged: Judged, hot: bool, settings: TraceSettings, codec: Codec,
                 correction,
                 tuple(one.rollout for one in chosen),
                 tuple(one.kind for one in chosen),
-                max(enumerate(chosen), key=lambda pair: (len(pair[1].prefix), pair[0]))[1].continued,  # the last one emitted
+                chosen[last_detour(solution, [Detour(len(one.prefix), one.wrong_try) for one in chosen], codec.rule)].continued,
             )
 
 
@@ -189,7 +188,9 @@ def _right_way(one: Located, judged: Judged, codec: Codec) -> tuple[str, Ids | N
     if (resampled := judged.resampled.get((one.problem.id, one.prefix))) and _leaves(one, one.prefix + resampled):
         return "resampled", resampled
     text = judge_of(one.problem).continuation(one.problem, codec.decode(one.prefix).text)
-    return "gold", None if text is None else codec.solution_ids(text)
+    if text is None:
+        return "gold", None
+    return "gold", (*codec.continued_ids(text), codec.stop_id) if one.prefix else codec.solution_ids(text)
 
 
 def _leaves(one: Located, solution: Ids) -> bool:
@@ -257,14 +258,14 @@ def searched_errors(folder: str, problems: Mapping[str, Problem], settings: Trac
     for row in rows:
         if row["problem"] not in problems:
             raise StageError(f"traces.search_trees: {row['problem']!r} is no training problem")
-        ends = tuple(None if end < 0 else bool(end) for end in row["right"])
         try:
+            ends = tuple(None if end < 0 else bool(end) for end in row["right"])
             tree = SearchTree(tuple(row["parent"]), tuple(map(tuple, row["ids"])), tuple(row["value"]), ends)
             found = harvest(tree, most=settings.max_errors)
             if found is None:
                 continue
             trace = build_trace(tuple(row["prompt_ids"]), *found, codec.rule)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # a null among numbers is a TypeError
             raise StageError(f"traces.search_trees: {row['problem']}: {error}") from error
         yield Candidate(problems[row["problem"]], "search", trace, "search", kinds=("search",) * len(found[1]))
 

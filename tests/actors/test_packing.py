@@ -1,158 +1,559 @@
-"""Packed rows teach what their examples alone would teach: same tokens, same targets, same logits."""
+"""Packed rows teach what each of their traces alone would teach: same contexts, same targets, same weights, same gradient."""
 
 from __future__ import annotations
 
-import copy
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
-from trl import SFTTrainer
 
-from actors.learner import PlainHeadTrainer, _arguments
-from actors.packing import Example, collate, pack
-from pipeline.backtrack.trace import IGNORE
+import actors.learner as learner
+from actors.learner import Curve, TreeTrainer, _arguments, fit, logits_only_at
+from actors.packing import Example, TrainingSet, collate, examples_of, pack, pack_by_phase
+from actors.trainable import prepare
+from pipeline.backtrack.curriculum import Schedule
+from pipeline.backtrack.embedding import add_undo_token
+from pipeline.backtrack.layout import lay_out
+from pipeline.backtrack.targets import Form, Targets, Weights, segments, trace_walk
+from pipeline.backtrack.trace import Detour, Role, Trace, WrongTry, build_trace
+from pipeline.backtrack.undo import UndoRule, Unit, apply_undo
 from pipeline.config import ScratchModel, TrainSettings
 from pipeline.stages.base import new_model, train_tokenizer
+from tests.pipeline.tiny import END, FORMS, VOCABULARY, U, decisions, forward, rule, tiny_model
 
-PAD = 0
+PAD, ROW = 0, 96
+UNITS: list[Unit] = ["token", "step", "all"]
+LAYOUTS = {
+    "soft": Form("soft"),
+    "hard": Form("hard"),
+    "hard, depths": Form("hard", positions="depth"),
+    "hard, hidden undos": Form("hard", hide_undos=True, positions="depth"),
+    "rewind": Form("rewind", "immediate"),
+    "rewind, deferred": Form("rewind", "deferred"),
+}
+model_of = functools.cache(tiny_model)
+tokens = st.integers(0, VOCABULARY - 2)  # all but U
 
 
-@st.composite
-def example_lists(draw: st.DrawFn) -> list[Example]:
-    """Examples of distinct tokens, so that each can be found again."""
-    lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=8))
-    found, token = [], 1
-    for length in lengths:
-        ids = tuple(range(token, token + length))
-        taught = draw(st.lists(st.booleans(), min_size=length, max_size=length))
-        found.append(Example(ids, tuple(id if yes else IGNORE for id, yes in zip(ids, taught, strict=True))))
-        token += length
-    return found
+# ---- packing ----
 
 
 @settings(deadline=None)
-@given(example_lists(), st.integers(6, 20), st.integers(1, 12), st.integers(0, 3))
-def test_rows_hold_every_fitting_example(examples: list[Example], row_tokens: int, rows: int, seed: int) -> None:
-    fitting = [one for one in examples if len(one.input_ids) <= row_tokens]
-    if not fitting:
-        with pytest.raises(ValueError, match=f"none of {len(examples)} examples fits.*{row_tokens}.*row_tokens"):
-            pack(examples, row_tokens, rows, seed)
-        return
-    packed, left_out = pack(examples, row_tokens, rows, seed)
-    assert left_out == len(examples) - len(fitting)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=80), st.integers(20, 30), st.integers(1, 100), st.integers(0, 3))
+def test_rows_hold_every_example(lengths: list[int], row_tokens: int, rows: int, seed: int) -> None:
+    packed = pack(lengths, row_tokens, rows, seed)
     assert len(packed) == rows and all(packed)
-    assert all(sum(len(one.input_ids) for one in row) <= row_tokens for row in packed)
-    flat = [one for row in packed for one in row]
-    assert set(flat) <= set(fitting)
-    if rows >= len(fitting):  # the one that has waited longest begins the next row, so none waits for ever
-        assert set(flat) == set(fitting)
-    assert pack(examples, row_tokens, rows, seed) == (packed, left_out)
+    assert all(sum(lengths[i] for i in row) <= row_tokens for row in packed)
+    if rows >= 2 * len(lengths):  # the one that has waited longest begins the next row, so none waits for ever
+        assert {i for row in packed for i in row} == set(range(len(lengths)))
+    assert pack(lengths, row_tokens, rows, seed) == packed
+
+
+def test_as_many_rows_as_examples_hold_all_of_them() -> None:
+    """Also when none of them has company: every row is full with one."""
+    assert {i for row in pack([10] * 200, 10, 200, 0) for i in row} == set(range(200))
 
 
 def test_rows_are_filled_with_what_fits() -> None:
-    examples = [Example((i,) * length, (i,) * length) for i, length in enumerate([60, 40, 70, 30, 50] * 20)]
-    packed, _ = pack(examples, 100, 50, seed=0)
-    filled = sum(len(one.input_ids) for row in packed for one in row)
-    assert filled > 0.97 * 50 * 100
+    lengths = [60, 40, 70, 30, 50] * 20
+    assert sum(lengths[i] for row in pack(lengths, 100, 50, seed=0) for i in row) > 0.97 * 50 * 100
 
 
 def test_the_seed_shuffles() -> None:
-    examples = [Example((i,), (i,)) for i in range(1, 30)]
-    orders = {tuple(pack(examples, 29, 1, seed)[0][0]) for seed in range(3)}
-    assert len(orders) == 3
+    assert len({tuple(pack([1] * 29, 29, 1, seed)[0]) for seed in range(3)}) == 3
+
+
+# ---- examples ----
+
+
+@st.composite
+def traces(draw: st.DrawFn, prompts: Sequence[tuple[int, ...]] = ((5, 2), (5,), (0, 4, 1)), units: Sequence[Unit] = UNITS) -> Any:
+    """(unit, traces of that unit) with detours at several places and, with unit `token`, errors within errors."""
+    unit = draw(st.sampled_from(units))
+
+    def wrong_try(nested: bool) -> WrongTry:
+        ids = draw(st.lists(tokens, min_size=1, max_size=4))
+        decision = draw(st.integers(0, len(ids) - 1))
+        wrong = tuple(at == decision or draw(st.booleans()) for at in range(len(ids)))
+        inner = ()
+        if nested and unit == "token" and draw(st.booleans()):
+            inner = (Detour(draw(st.integers(wrong.index(True) + 1, len(ids))), wrong_try(False)),)
+        return WrongTry(tuple(ids), wrong, inner)
+
+    def trace() -> Trace:
+        solution = draw(st.lists(tokens, max_size=6))
+        some = [Detour(draw(st.integers(0, len(solution))), wrong_try(True)) for _ in range(draw(st.integers(0, 2)))]
+        return build_trace(draw(st.sampled_from(prompts)), solution, some, rule(unit))
+
+    return unit, [trace() for _ in range(draw(st.integers(1, 4)))]
+
+
+def nodes(group: Sequence[Trace], data: TrainingSet) -> int:
+    """Distinct states that walks of these traces come through."""
+    found: set[tuple[int, ...]] = set()
+    for trace in group:
+        walk = trace_walk(trace, data.rule, data.targets)
+        states = [walk.prompt]
+        for context, token, ends_run in decisions(walk, data.rule.unit, data.form.rewinding):
+            if not ends_run and (token != U or data.form.rewinding == "deferred"):
+                states.append((*context, token))
+        found |= {state[:end] for state in states for end in range(1, len(state) + 1)}
+    return len(found)
+
+
+def undos(trace: Trace) -> int:
+    return trace.ids.count(U)
+
+
+@settings(deadline=None, max_examples=150)
+@given(traces(), st.sampled_from(list(LAYOUTS)), st.booleans(), st.booleans(), st.integers(4, 40))
+def test_examples(drawn: Any, form: str, together: bool, scheduled: bool, row_tokens: int) -> None:
+    unit, some = drawn
+    rewinding = LAYOUTS[form].rewinding if unit == "token" else "immediate"
+    data = TrainingSet(some, rule(unit), form=replace(LAYOUTS[form], rewinding=rewinding), together=together)
+    if scheduled:
+        data = replace(data, most_undos=Schedule(((0, 1), (5, 9))))
+    examples, left_out = examples_of(data, row_tokens)
+    shares = together and data.form.context == "rewind"
+    for one in examples:
+        assert one.tokens == (nodes(one.traces, data) if data.form.context == "rewind" else len(one.traces[0].ids)) <= row_tokens
+        assert one.undos == max(map(undos, one.traces))
+        assert len(one.traces) == 1 or shares
+        assert len({trace.ids[: trace.prompt_length] for trace in one.traces}) == 1
+        assert not scheduled or len({undos(trace) for trace in one.traces}) == 1
+    too_long = [
+        trace
+        for trace in some
+        if (nodes([trace], data) if data.form.context == "rewind" else len(trace.ids)) > row_tokens
+    ]  # fmt: skip
+    assert left_out == len(too_long)
+    assert Counter(trace for one in examples for trace in one.traces) + Counter(too_long) == Counter(some)
+    if not shares:
+        assert [one.traces[0] for one in examples] == [trace for trace in some if trace not in too_long]
+
+
+def solved(prompt: Sequence[int], solution: Sequence[int], tries: int = 0) -> Trace:
+    detours = [Detour(0, WrongTry((4, 4), (True, False)))] * tries
+    return build_trace(prompt, solution, detours, rule("token"))
+
+
+def test_traces_of_a_prompt_share_a_tree() -> None:
+    """Prompt 5 2, solutions 1 0 and 1 6: 5 2 1 0 and a 6 beside the 0."""
+    some = [solved((5, 2), (1, 0)), solved((5, 1), (1,)), solved((5, 2), (1, 6))]
+    apart = TrainingSet(some, rule("token"), form=Form("rewind"))
+    assert examples_of(apart, 9) == ([Example((one,), len(one.ids), 0) for one in some], 0)
+    joined = replace(apart, together=True)
+    assert examples_of(joined, 9)[0] == [Example((some[0], some[2]), 5, 0), Example((some[1],), 3, 0)]
+    assert examples_of(replace(joined, form=Form("soft")), 9) == examples_of(apart, 9)
+
+
+def test_a_group_too_large_for_a_row_is_split() -> None:
+    some = [solved((5, 2), (token, 0, 0, 0)) for token in range(5)]
+    examples, left_out = examples_of(TrainingSet(some, rule("token"), form=Form("rewind"), together=True), 11)
+    assert left_out == 0
+    assert [trace for one in examples for trace in one.traces] == some
+    assert [len(one.traces) for one in examples] == [2, 1, 2] and [one.tokens for one in examples] == [10, 6, 10]
+
+
+def test_an_error_longer_than_the_row_is_left_out_and_counted() -> None:
+    """Alone, and from within a group whose other traces stay."""
+    long = build_trace((5, 2), (1, 0), [Detour(1, WrongTry((4,) * 50, (True,) * 50))], rule("all"))
+    some = [solved((5, 2), (1, 0)), long, solved((5, 2), (6,))]
+    for form in LAYOUTS.values():
+        for together in (False, True):
+            examples, left_out = examples_of(TrainingSet(some, rule("all"), form=form, together=together), 40)
+            assert left_out == 1
+            assert [trace for one in examples for trace in one.traces] == [some[0], some[2]]
+
+
+def test_with_a_schedule_traces_of_different_undo_counts_do_not_share_a_tree() -> None:
+    some = [solved((5, 2), (1,)), solved((5, 2), (1,), 1), solved((5, 2), (6,)), solved((5, 2), (1,), 2)]
+    free = TrainingSet(some, rule("token"), form=Form("rewind"), together=True)
+    assert [one.undos for one in examples_of(free, 99)[0]] == [4]
+    bound = replace(free, most_undos=Schedule(((0, 0), (9, 2))))
+    assert [(len(one.traces), one.undos) for one in examples_of(bound, 99)[0]] == [(2, 0), (1, 2), (1, 4)]
+
+
+# ---- phases ----
 
 
 @settings(deadline=None)
-@given(example_lists(), st.integers(12, 30), st.integers(1, 4))
-def test_every_token_lands_with_its_label(examples: list[Example], row_tokens: int, rows: int) -> None:
-    packed, _ = pack(examples, row_tokens, rows, 0)
-    batch = collate(packed, PAD, row_tokens)
-    ids, labels, positions = (batch[name].tolist() for name in ("input_ids", "labels", "position_ids"))
-    for index, row in enumerate(packed):
-        at = 0
-        for example in row:
-            for place, (token, label) in enumerate(zip(example.input_ids, example.labels, strict=True)):
-                assert ids[index][at] == token and positions[index][at] == place
-                # A label is predicted from the token before it; the first of an example has none.
-                assert labels[index][at] == (label if place else IGNORE)
-                at += 1
-        assert ids[index][at:] == [PAD] * (row_tokens - at)
-        assert labels[index][at:] == [IGNORE] * (row_tokens - at)
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=30),
+    st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    st.integers(1, 12),
+    st.integers(1, 3),
+)
+def test_each_step_trains_on_what_its_schedule_allows(counts: list[int], limits: list[int], steps: int, rows: int) -> None:
+    examples = [Example((), 1 + count % 3, count) for count in counts]
+    most = Schedule(tuple((3 * place, limit) for place, limit in enumerate(limits)))
+    empty = next((step for step in range(steps) if all(count > most.at(step) for count in counts)), None)
+    if empty is not None:
+        with pytest.raises(ValueError, match=f"sft.most_undos allows no trace at step {empty}: every one has more undos"):
+            pack_by_phase(examples, most, 8, steps, rows, 0)
+        return
+    packed = pack_by_phase(examples, most, 8, steps, rows, 0)
+    assert len(packed) == steps * rows and all(packed)
+    for number, row in enumerate(packed):
+        assert all(examples[index].undos <= most.at(number // rows) for index in row)
+        assert sum(examples[index].tokens for index in row) <= 8
+    assert pack_by_phase(examples, most, 8, steps, rows, 0) == packed
 
 
-@settings(deadline=None)
-@given(example_lists(), st.integers(12, 30))
-def test_who_sees_whom(examples: list[Example], row_tokens: int) -> None:
-    packed, _ = pack(examples, row_tokens, 2, 0)
-    mask = collate(packed, PAD, row_tokens)["attention_mask"]
-    assert mask.shape == (2, 1, row_tokens, row_tokens) and mask.dtype == torch.bool
-    for index, row in enumerate(packed):
-        owner = [number for number, one in enumerate(row) for _ in one.input_ids]
-        for i in range(row_tokens):
-            sees = {j for j in range(row_tokens) if mask[index, 0, i, j]}
-            assert i in sees and max(sees) == i
-            if i < len(owner):
-                assert sees == {j for j in range(i + 1) if owner[j] == owner[i]}
-            else:
-                assert min(sees) >= len(owner)
+def test_a_later_phase_holds_what_it_newly_allows() -> None:
+    examples = [Example((), 4, count) for count in (0, 0, 1, 5)]
+    packed = pack_by_phase(examples, Schedule(((0, 0), (4, 1), (8, 5))), 8, 12, 2, 0)
+    seen = [{index for row in packed[start : start + 8] for index in row} for start in (0, 8, 16)]
+    assert seen == [{0, 1}, {0, 1, 2}, {0, 1, 2, 3}]
 
 
-@settings(max_examples=10, deadline=None)
-@given(st.lists(st.integers(1, 12), min_size=2, max_size=6), st.integers(0, 99))
-def test_logits_and_loss_equal_those_of_the_examples_alone(lengths: list[int], seed: int) -> None:
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=40,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            initializer_range=0.3,
-        )
-    ).eval()
-    drawn = [tuple(torch.randint(1, 40, (length,)).tolist()) for length in lengths]
-    examples = [Example(ids, tuple(id if id % 3 else IGNORE for id in ids)) for ids in drawn]
-    row_tokens = sum(lengths[: len(lengths) // 2 + 1]) + 12
-    packed, _ = pack(examples, row_tokens, 2, seed)
-    batch = collate(packed, PAD, row_tokens)
-    losses = []
+def test_without_a_schedule_all_is_one_phase() -> None:
+    examples = [Example((), length, length) for length in (3, 5, 2, 7)]
+    assert pack_by_phase(examples, None, 9, 6, 2, seed=4) == pack([3, 5, 2, 7], 9, 12, 4)
+
+
+def test_no_example_fits() -> None:
+    with pytest.raises(ValueError, match="no example fits into a row of 32 tokens: raise row_tokens"):
+        pack_by_phase([], None, 32, 1, 1, 0)
+
+
+# ---- the loss ----
+
+
+@dataclass(frozen=True)
+class Taught:
+    """One target of a trace by itself."""
+
+    at: int
+    """Index of the token in the trace."""
+    context: tuple[int, ...]
+    """What a rewound cache holds there; read in the rewind form alone."""
+    target: int
+    weight: float
+    ends_run: bool = False
+    """What is taught is not to emit the target."""
+
+
+def taught(trace: Trace, data: TrainingSet) -> list[Taught]:
+    """Every target of one trace, each found from the start of the trace again."""
+    start, wanted, unit = trace.prompt_length, data.targets, data.rule.unit
+    weights = (0.0, *(getattr(wanted.weights, name) for name in ("prefix", "error", "consequence", "undo", "correction")))
+    found = [Taught(at, trace.ids[:at], trace.ids[at], 1.0) for at in range(1, start) if wanted.prompt]
+    walk = trace_walk(trace, data.rule, wanted)
+    step = 0
+    for context, token, ends_run in decisions(walk, unit, data.form.rewinding):
+        at = start + step
+        if ends_run:  # is as much worth as the undos of the run
+            found.append(Taught(at, context, U, weights[Role.UNDO], True))
+            continue
+        step += 1
+        assert token == trace.ids[at]
+        weight = weights[trace.roles[at]]
+        if trace.roles[at] == Role.ERROR and wanted.mask != "none":
+            weight = 0.0
+        if trace.roles[at] == Role.CONSEQUENCE and wanted.mask == "span":
+            weight = 0.0
+        standing = [start + i for i in apply_undo(trace.ids[start:at], data.rule).source]
+        error = next((i for i, place in enumerate(standing) if trace.roles[place] == Role.ERROR), None)
+        due = error is not None and wanted.detect_at != "evidence"
+        if wanted.detect_at == "step_end":
+            due = due and any(trace.ids[place] == END for place in standing[error:])
+        if due and token != U:
+            token, weight = U, weights[Role.UNDO]
+        found.append(Taught(at, context, token, weight))
+    if data.form.context != "rewind":
+        return [one for one in found if not one.ends_run]
+    best: dict[tuple[tuple[int, ...], int, bool], Taught] = {}
+    for one in found:  # an action that the trace repeats in the same state counts once
+        key = (one.context, one.target, one.ends_run)
+        if key not in best or one.weight > best[key].weight:
+            best[key] = one
+    return list(best.values())
+
+
+def logprobs_before(model: Any, trace: Trace, some: Sequence[Taught], data: TrainingSet) -> torch.Tensor:
+    """[targets, vocabulary] What an ordinary forward gives for each, by what is visible there."""
+    form, start = data.form, trace.prompt_length
+    if form.context == "rewind" or form.context == "soft":
+        contexts = [one.context if form.context == "rewind" else trace.ids[: one.at] for one in some]
+        longest = max(map(len, contexts))
+        padded = torch.tensor([[*context, *[PAD] * (longest - len(context))] for context in contexts])
+        ends = torch.tensor([len(context) - 1 for context in contexts])
+        logits = model(input_ids=padded, use_cache=False).logits[torch.arange(len(contexts)), ends]
+        return torch.log_softmax(logits, -1)
+    ids = trace.ids
+    sees = torch.eye(len(ids), dtype=torch.bool)
+    positions = []
+    for place, token in enumerate(ids):
+        stands = {start + i for i in apply_undo(ids[start : place + 1], data.rule).source} | set(range(start))
+        positions.append(place if form.positions == "kept" else sum(other < place for other in stands))
+        for other in range(place):
+            sees[place, other] = other in stands or (ids[other] == U and other >= start and not form.hide_undos)
+        assert token != U or place not in stands
+    out = model(
+        input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]), attention_mask=sees[None, None], use_cache=False
+    )
+    return torch.log_softmax(out.logits[0, [one.at - 1 for one in some]], -1)
+
+
+def slow_loss(model: Any, data: TrainingSet) -> torch.Tensor:
+    losses, total = [], 0.0
+    for trace in data.traces:
+        some = [one for one in taught(trace, data) if one.weight > 0]
+        if not some:
+            continue
+        for one, logprobs in zip(some, logprobs_before(model, trace, some, data), strict=True):
+            chosen = logprobs[one.target]
+            losses.append(-one.weight * (torch.log(-torch.expm1(chosen)) if one.ends_run else chosen))
+            total += one.weight
+    return torch.stack(losses).sum() / total if losses else torch.zeros(())
+
+
+def fast_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the trainer computes. It takes logits in fp32."""
+    trainer: Any = SimpleNamespace(accelerator=SimpleNamespace(unwrap_model=lambda one: one))
+    return TreeTrainer.compute_loss(trainer, model, batch, num_items_in_batch=float(batch["weight"].sum()))
+
+
+def batch_of(data: TrainingSet, rows: int = 2) -> dict[str, torch.Tensor]:
+    """All traces once, in rows of several."""
+    examples, left_out = examples_of(data, ROW)
+    assert left_out == 0
+    packed = [examples[number::rows] for number in range(rows)]
+    return collate(packed, data, PAD, ROW * 4)
+
+
+def gradient(model: Any, loss: torch.Tensor) -> torch.Tensor:
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+@st.composite
+def ways_to_teach(draw: st.DrawFn) -> Targets:
+    weight = st.sampled_from([0.0, 0.5, 1.0, 2.0])
+    return Targets(
+        draw(st.sampled_from(["none", "decision", "span"])),
+        draw(st.sampled_from(["first", "step_end", "evidence"])),
+        draw(st.booleans()),
+        Weights(*(draw(weight) for _ in range(5))) if draw(st.booleans()) else Weights(),
+    )
+
+
+@pytest.mark.parametrize("form", LAYOUTS)
+@settings(deadline=None, max_examples=25)
+@given(traces(), ways_to_teach(), st.booleans())
+def test_the_loss_of_a_batch_is_that_of_its_traces_alone(form: str, drawn: Any, targets: Targets, together: bool) -> None:
+    unit, some = drawn
+    data = TrainingSet(some, rule(unit), targets, LAYOUTS[form], together)
+    if unit != "token":
+        data = replace(data, form=replace(data.form, rewinding="immediate"))
+    model, batch = model_of("llama"), batch_of(data)
+    fast, slow = fast_loss(model, batch), slow_loss(model, data)
+    torch.testing.assert_close(fast.double(), slow.double(), rtol=1e-5, atol=1e-6)
+    if slow.requires_grad:
+        torch.testing.assert_close(gradient(model, fast), gradient(model, slow), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("unit", "rewinding"), FORMS)
+@pytest.mark.parametrize("form", ["soft", "hard", "rewind"])
+def test_an_error_at_position_0(form: Any, unit: Unit, rewinding: Any) -> None:
+    """The first token after the prompt is the error: everywhere it is masked, and what is taught adds up."""
+    trace = build_trace((5,), (1, 0), [Detour(0, WrongTry((4, 6), (True, False)))], rule(unit))
+    assert trace.roles[1] == Role.ERROR
+    data = TrainingSet([trace], rule(unit), form=Form(form, rewinding))
+    model, batch = model_of("llama"), batch_of(data, rows=1)
+    torch.testing.assert_close(fast_loss(model, batch).double(), slow_loss(model, data), rtol=1e-5, atol=1e-6)
+    assert (0, 0, 4) not in set(zip(*(batch[name].tolist() for name in ("row", "column", "target")), strict=True))
+
+
+def example_set(form: Form, together: bool = True) -> TrainingSet:
+    some = [
+        build_trace((5, 2), (1, 0, 3, 6), [Detour(2, WrongTry((4, 1), (True, False)))], rule("token")),
+        build_trace((5, 2), (1, 0, 3, 6), (), rule("token")),
+        build_trace((5, 2), (1, 6), [Detour(0, WrongTry((0, 3, 2), (True, False, False)))], rule("token")),
+    ]
+    return TrainingSet(some, rule("token"), form=form, together=together)
+
+
+SHIFTS: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] = {
+    "places to the right": lambda batch: {"column": batch["column"] + 1},
+    "places to the left": lambda batch: {"column": (batch["column"] - 1).clamp(min=0)},
+    "targets of the next place": lambda batch: {"target": batch["target"].roll(-1)},
+    "targets of the place before": lambda batch: {"target": batch["target"].roll(1)},
+    "weights": lambda batch: {"weight": batch["weight"].roll(1)},
+    "everything visible": lambda batch: {"attention_mask": torch.ones_like(batch["attention_mask"]).tril()},
+    "positions": lambda batch: {"position_ids": batch["position_ids"].roll(1, -1)},
+}
+
+
+@pytest.mark.parametrize("what", SHIFTS)
+def test_an_off_by_one_is_noticed(what: str) -> None:
+    data = example_set(Form("rewind", "immediate"))
+    model, batch = model_of("llama"), batch_of(data, rows=1)
+    slow = slow_loss(model, data)
+    assert abs(fast_loss(model, batch) - slow) < 1e-5
+    assert abs(fast_loss(model, batch | SHIFTS[what](batch)) - slow) > 1e-3
+
+
+def test_what_a_tree_shares_is_there_once_and_counts_for_each() -> None:
+    """Two traces begin with 1 behind the prompt: one place, one target, twice the weight."""
+    some = [solved((5, 2), (1, 0)), solved((5, 2), (1, 6))]
+    batch = batch_of(TrainingSet(some, rule("token"), form=Form("rewind"), together=True), rows=1)
+    found = sorted(zip(*(batch[name].tolist() for name in ("row", "column", "target", "weight")), strict=True))
+    assert found == [(0, 1, 1, 2.0), (0, 2, 0, 1.0), (0, 2, 6, 1.0)]
+    assert batch["input_ids"][0, :6].tolist() == [5, 2, 1, 0, 6, PAD]
+
+
+def test_a_batch_that_teaches_nothing() -> None:
+    trace = solved((5, 2), (1, 0))
+    data = TrainingSet([trace], rule("token"), Targets(weights=Weights(correction=0.0)))
+    batch = batch_of(data, rows=1)
+    assert batch["weight"].shape == batch["row"].shape == (0,)
+    assert float(fast_loss(model_of("llama"), batch).detach()) == 0
+
+
+def test_an_undo_token_in_the_prompt_is_refused() -> None:
+    roles = (Role.PROMPT, Role.PROMPT, Role.CORRECTION)
+    data = TrainingSet([Trace((5, U, 1), roles)], rule("token"), form=Form("rewind"))
+    with pytest.raises(ValueError, match="the prompt of walk 0 holds the undo token"):
+        examples_of(data, ROW)
+
+
+# ---- logits where they are needed ----
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_logits_at_places_are_those_of_the_full_forward(name: str) -> None:
+    model, data = model_of(name), example_set(Form("rewind", "deferred"))
+    layout = lay_out(
+        [segments(data.traces, data.rule, data.targets, data.form), segments(data.traces[:1], data.rule, data.targets, Form())]
+    )
     with torch.no_grad():
-        out = model(**batch)
-        for index, row in enumerate(packed):
-            at = 0
-            for example in row:
-                alone = model(torch.tensor([example.input_ids])).logits[0]
-                together = out.logits[index, at : at + len(example.input_ids)]
-                torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
-                logprobs = alone.log_softmax(dim=-1)
-                losses += [-logprobs[i - 1, label] for i, label in enumerate(example.labels) if i and label != IGNORE]
-                at += len(example.input_ids)
-    if losses:
-        torch.testing.assert_close(out.loss, torch.stack(losses).mean(), rtol=1e-5, atol=1e-5)
+        full = forward(model, layout).logits
+        with logits_only_at(model, layout.row, layout.column):
+            picked = forward(model, layout).logits
+        again = forward(model, layout).logits
+    assert picked.shape == (len(layout.row), VOCABULARY) and len(layout.row) > 10
+    torch.testing.assert_close(picked, full[layout.row, layout.column], rtol=0, atol=1e-12)
+    torch.testing.assert_close(again, full, rtol=0, atol=0)
 
 
-def test_the_plain_loss_of_small_vocabularies_equals_that_of_trl(tmp_path: Path) -> None:
-    """The first step's loss and gradient norm, with TRL's own head and with the plain one."""
+def test_the_head_is_whole_again_after_an_error() -> None:
+    model, nowhere = tiny_model("llama"), torch.zeros(0, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="boom"), logits_only_at(model, nowhere, nowhere):
+        raise RuntimeError("boom")
+    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, VOCABULARY)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("what", ["undo_row", "lora"])
+def test_logits_at_places_of_models_that_train_a_part(what: Any, tied: bool) -> None:
+    tokenizer = train_tokenizer(["Ana has 3 apples.\n#### 3"], 300)
+    plain = new_model(ScratchModel(layers=1, width=32, heads=2, vocab=300), tokenizer, 0)
+    if not tied:
+        plain.config.tie_word_embeddings = False
+        plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.detach().clone())
+    model = prepare(plain, 299, what, 4, 8.0).eval()
+    ids, row, column = torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        full = model(input_ids=ids).logits
+        with logits_only_at(model, row, column):
+            picked = model(input_ids=ids).logits
+    torch.testing.assert_close(picked, full[row, column], rtol=0, atol=1e-5)
+
+
+# ---- a step of the trainer ----
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, UndoRule]:
     tokenizer = train_tokenizer(["Ana has 3 apples.\n#### 3"], 300)
     model = new_model(ScratchModel(layers=1, width=32, heads=2, vocab=300), tokenizer, 0)
-    rows, _ = pack([Example(tuple(range(2, 30)), (IGNORE,) * 5 + tuple(range(7, 30)))], 64, 4, 0)
+    undo_id = add_undo_token(model, tokenizer, "<|BACKTRACK|>", "mean", [], "", 0.02, 0)
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path, UndoRule(undo_id, "all")
+
+
+def uneven_set(undo: UndoRule) -> TrainingSet:
+    """Eight traces, the last ones with many more targets than the first."""
+    some = [
+        build_trace((40, 41), range(50, 52 + 3 * number), [Detour(1, WrongTry((90, 91), (True, False)))] * (number % 2), undo)
+        for number in range(8)
+    ]
+    return TrainingSet(some, undo, Targets(weights=Weights(undo=2.0)), Form("rewind"))
+
+
+@pytest.mark.parametrize("what", ["all", "lora"])
+def test_accumulated_gradients_are_those_of_one_batch(folder: tuple[Path, UndoRule], tmp_path: Path, what: Any) -> None:
+    """The loss is a mean over all targets of a step, however they are split; and it is what a plain forward gives."""
+    path, undo = folder
+    data = uneven_set(undo)
+    examples, _ = examples_of(data, 64)
     logs = []
-    for kind in (SFTTrainer, PlainHeadTrainer):
-        trainer = kind(
-            model=copy.deepcopy(model),
-            args=_arguments(TrainSettings(steps=1, rows=4, row_tokens=64, log_every=1), 0, str(tmp_path)),
-            train_dataset=Dataset.from_dict({"row": list(range(4))}),
-            data_collator=lambda batch: collate([rows[item["row"]] for item in batch], 0, 64),
-            processing_class=tokenizer,
+    for rows, accumulated in ((8, 1), (4, 2), (2, 4)):
+        args = _arguments(TrainSettings(steps=1, rows=8, row_tokens=64, log_every=1), 0, str(tmp_path))
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = rows, accumulated
+        torch.manual_seed(0)
+        model = prepare(learner.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), undo.undo_id, what, 4, 8.0)
+        trainer = TreeTrainer(
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_dict({"row": list(range(8))}),
+            data_collator=lambda batch: collate([[examples[item["row"]]] for item in batch], data, PAD, 64),
+            processing_class=learner.AutoTokenizer.from_pretrained(path),
         )
         trainer.train()
-        logs.append(trainer.state.log_history[0])
-    for figure in ("loss", "grad_norm"):
-        assert logs[0][figure] == pytest.approx(logs[1][figure], rel=1e-5)
+        logs.append(trainer.state.log_history[0] | {"targets": trainer.targets_seen})
+    fresh = learner.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    expected = 0.0
+    weight = 0.0
+    with torch.no_grad():
+        for trace in data.traces:
+            some = [one for one in taught_by_role(trace, undo) if one.weight]
+            logprobs = logprobs_before(fresh, trace, some, data)
+            expected -= sum(one.weight * float(row[one.target]) for one, row in zip(some, logprobs, strict=True))
+            weight += sum(one.weight for one in some)
+    for log in logs:
+        assert log["loss"] == pytest.approx(expected / weight, rel=1e-4)
+        assert log["targets"] == weight
+        assert log["loss"] == pytest.approx(logs[0]["loss"], rel=1e-5)
+        assert log["grad_norm"] == pytest.approx(logs[0]["grad_norm"], rel=1e-4)
+
+
+def taught_by_role(trace: Trace, undo: UndoRule) -> list[Taught]:
+    """Unit `all`, rewind: contexts from the surviving ids, undos count twice, errors nothing; repeats once."""
+    start, best = trace.prompt_length, {}
+    for at in range(start, len(trace.ids)):
+        context = trace.ids[:start] + apply_undo(trace.ids[start:at], undo).surviving
+        weight = {Role.ERROR: 0.0, Role.UNDO: 2.0}.get(Role(trace.roles[at]), 1.0)
+        best[context, trace.ids[at]] = Taught(at, context, trace.ids[at], weight)
+    return list(best.values())
+
+
+def test_a_training_run_keeps_to_its_schedule(
+    folder: tuple[Path, UndoRule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 0 to 3 see clean rows alone, and rows are trained on in the order in which they were packed."""
+    path, undo = folder
+    data = replace(uneven_set(undo), most_undos=Schedule(((0, 0), (4, 9))))
+    seen: list[list[int]] = []
+
+    def watched(rows: Any, *rest: Any) -> dict[str, torch.Tensor]:
+        seen.append([example.undos for row in rows for example in row])
+        return collate(rows, *rest)
+
+    monkeypatch.setattr(learner, "collate", watched)
+    curve = fit(path, tmp_path / "out", data, TrainSettings(steps=8, rows=2, row_tokens=32, log_every=8), 0, Curve())
+    assert curve.step == len(seen) == 8
+    assert not any(count for step in seen[:4] for count in step)
+    assert any(count for step in seen[4:] for count in step)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pipeline.config import ScratchModel, Settings
+from actors.packing import TrainingSet
+from pipeline.backtrack.curriculum import Schedule
+from pipeline.backtrack.targets import Form, Targets, Weights
+from pipeline.backtrack.trace import Role, Trace
+from pipeline.config import ScratchModel, Settings, UndoSettings
 from pipeline.stages import sft
 from pipeline.stages.base import new_model, train_tokenizer
-from pipeline.stages.io import write_rows
+from pipeline.stages.io import Codec, write_rows
+from pipeline.stages.problems import FEATURES as PROBLEMS
 from pipeline.stages.rollouts import context_length, within_context
 from pipeline.stages.stage import StageError
 from pipeline.stages.traces import FEATURES
@@ -61,22 +67,82 @@ def test_no_prompt_fits(model: Path) -> None:
         within_context(some, problems(2), prompts(11, 12))
 
 
-@pytest.mark.parametrize(("replay", "seen"), [(True, [1, 2, 3]), (False, [3])])
-def test_replay_keeps_the_traces_of_earlier_rounds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replay: bool, seen: list[int]
-) -> None:
-    inputs = {}
-    for round in (1, 2, 3):
-        row = dict.fromkeys(("problem", "family", "source", "correction"), "") | {"rollouts": [], "errors": 1, "difficulty": 1}
-        write_rows([row | {"input_ids": [round], "roles": [0], "labels": [round]}], FEATURES, tmp_path / str(round))
-        inputs[f"traces-{round}"] = tmp_path / str(round)
-    trained: list[int] = []
+def trace_row(number: int, **more: Any) -> dict[str, Any]:
+    """A row of the traces stage: one prompt token, one token of its own."""
+    text = dict.fromkeys(("id", "problem", "family", "split", "source", "correction"), "")
+    counts = dict.fromkeys(("errors", "undos", "difficulty"), 0) | {"partner": -1}
+    roles = [int(Role.PROMPT), int(Role.CORRECTION)]
+    return text | counts | {"rollouts": [], "kinds": [], "input_ids": [5, number], "roles": roles} | more
 
-    def train(context: Any, name: str, examples: Any, target: Path) -> Any:
-        trained.extend(example.input_ids[0] for example in examples)
+
+@pytest.fixture
+def with_undo(model: Path) -> Path:
+    tokenizer = train_tokenizer(["Ana has 3 apples.\n#### 3"], 300)
+    tokenizer.add_tokens([UndoSettings().token], special_tokens=True)
+    tokenizer.save_pretrained(model)
+    return model
+
+
+class Trained:
+    """Stands for the learner: keeps what it was asked to train on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sets: dict[str, TrainingSet] = {}
+        monkeypatch.setattr(sft, "_train", self._train)
+
+    def _train(self, context: Any, name: str, data: TrainingSet, target: Path) -> Any:
+        self.sets[name] = data
         return SimpleNamespace(step=1, tokens=1, target_tokens=1, left_out=0)
 
-    monkeypatch.setattr(sft, "_train", train)
+
+@pytest.mark.parametrize(("replay", "seen"), [(True, [1, 2, 3]), (False, [3])])
+def test_replay_keeps_the_traces_of_earlier_rounds(
+    tmp_path: Path, with_undo: Path, monkeypatch: pytest.MonkeyPatch, replay: bool, seen: list[int]
+) -> None:
+    inputs = {"model": with_undo}
+    for round in (1, 2, 3):
+        write_rows([trace_row(round)], FEATURES, tmp_path / str(round))
+        inputs[f"traces-{round}"] = tmp_path / str(round)
+    trained = Trained(monkeypatch)
     settings = Settings.model_validate({"traces": {"replay": replay}, "sft": {"control": False}})
     sft.run(SimpleNamespace(settings=settings, round=3, inputs=inputs, out=tmp_path, counts={}))  # type: ignore[arg-type]
-    assert trained == seen
+    (data,) = trained.sets.values()
+    assert [trace.ids for trace in data.traces] == [(5, token) for token in seen]
+    assert {trace.prompt_length for trace in data.traces} == {1}
+
+
+def test_traces_are_taught_as_the_settings_say(tmp_path: Path, with_undo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the control has the gold solutions of training problems alone, in the plain form."""
+    undo_id = Codec(with_undo, UndoSettings(), "{question}").rule.undo_id
+    ids, roles = [5, 6, undo_id, 7], [Role.PROMPT, Role.ERROR, Role.UNDO, Role.CORRECTION]
+    write_rows([trace_row(1, input_ids=ids, roles=list(map(int, roles)))], FEATURES, tmp_path / "traces")
+    known = [problem for problem in problems(3)] + [replace(problems(1)[0], id="held out", split="test")]
+    write_rows([vars(problem) for problem in known], PROBLEMS, tmp_path / "problems")
+    trained = Trained(monkeypatch)
+    settings = Settings.model_validate(
+        {
+            "undo": {"unit": "token"},
+            "sft": {
+                "form": "hard", "hide_undos": True, "positions": "depth", "mask": "span", "detect_at": "first",
+                "train_prompt": True, "together": False, "weights": {"undo": 2.0}, "most_undos": [[0, 1], [5, 3]],
+            },
+        }
+    )  # fmt: skip
+    inputs = {"model": with_undo, "traces-1": tmp_path / "traces", "problems": tmp_path / "problems"}
+    counts: dict[str, int] = {}
+    sft.run(SimpleNamespace(settings=settings, round=1, inputs=inputs, out=tmp_path, counts=counts))  # type: ignore[arg-type]
+    data, control = trained.sets["sft"], trained.sets["sft/control"]
+    assert data.traces == [Trace(tuple(ids), tuple(roles))]
+    assert (data.rule.undo_id, data.rule.unit) == (undo_id, "token")
+    assert data.targets == Targets("span", "first", True, Weights(undo=2.0))
+    assert data.form == Form("hard", "deferred", True, "depth") and not data.together
+    assert data.most_undos == Schedule(((0, 1), (5, 3)))
+    assert len(control.traces) == counts["control_rows"] == 3
+    assert control.targets == Targets() and control.form == Form() and control.most_undos is None
+    assert {role for trace in control.traces for role in trace.roles} == {Role.PROMPT, Role.CORRECTION}
+
+
+def test_the_first_token_of_a_character() -> None:
+    """The second character is made of two tokens, of which the first has no characters of its own."""
+    text = Text((5, 6, 7, 8), "aéb", ((0, 1), (1, 1), (1, 2), (2, 3)))
+    assert [text.token_at(char) for char in range(5)] == [0, 1, 3, 4, 4]

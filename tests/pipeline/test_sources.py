@@ -1,0 +1,727 @@
+"""Errors of every source become traces with the model's own ids: nothing that it wrote is tokenised again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.backtrack.trace import Role, Trace, build_trace
+from pipeline.backtrack.undo import Unit, apply_undo
+from pipeline.config import TraceSettings, UndoSettings
+from pipeline.stages.base import train_tokenizer
+from pipeline.stages.io import Codec
+from pipeline.stages.sources import (
+    Candidate,
+    Ids,
+    Judged,
+    aligned_errors,
+    clean_row,
+    locate,
+    own_errors,
+    random_errors,
+    searched_errors,
+    sort_rollouts,
+)
+from pipeline.stages.stage import StageError
+from pipeline.tasks.problem import Problem
+
+UNITS: list[Unit] = ["token", "step", "all"]
+PROMPT = "{question}\n"
+LINE_1, LINE_2, LAST = "Ana has 3+4=<<3+4=7>>7 apples.", "She pays 7*2=<<7*2=14>>14 dollars.", "#### 14"
+QUESTION = "Ana has 3 apples and buys 4. Each costs 2 dollars. What does she pay?"
+
+
+def problem(number: int = 0, split: str = "train", **more: str) -> Problem:
+    asked = {"question": QUESTION, "solution": f"{LINE_1}\n{LINE_2}\n{LAST}", "answer": "14"} | more
+    return Problem(f"gsm8k/{split}/{number}", split, "gsm8k", False, **asked)
+
+
+# ---- tokenizers ----
+
+CORPUS = [f"{QUESTION}\n{LINE_1}\n{LINE_2}\n{LAST}", "naive Ana pays 12 = 3 * 4 dollars.\nShe has x = 12.\nAna pays x."] * 4
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    return train_tokenizer(CORPUS, 320)
+
+
+def pieces(newlines: bool) -> PreTrainedTokenizerFast:
+    """As sentencepiece makes them for Llama 2: words begin with ▁, what is not in the vocabulary is spelt in bytes.
+
+    Args:
+        newlines: line breaks are characters like any other, so that tokens may hold one in their middle; else they are bytes.
+    """
+    texts = CORPUS if newlines else [line for text in CORPUS for line in text.split("\n")]
+    learnt = Tokenizer(models.BPE())
+    words = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    learnt.pre_tokenizer = words
+    special = ["<unk>", "<s>", "</s>"]
+    learnt.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=150, special_tokens=special, show_progress=False))
+    model = json.loads(learnt.to_str())["model"]
+    vocabulary = dict(model["vocab"])
+    for byte in range(256):
+        vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
+    merges = [tuple(merge) for merge in model["merges"]]
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    bpe.pre_tokenizer = words
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", eos_token="</s>")
+
+
+TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "bytes": byte_level,
+    "pieces": lambda: pieces(newlines=False),
+    "pieces over lines": lambda: pieces(newlines=True),
+}
+
+
+@pytest.fixture(scope="module")
+def codecs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Codec]:
+    made: dict[tuple[str, Unit], Codec] = {}
+    folders: dict[str, Path] = {}
+
+    def codec(name: str = "bytes", unit: Unit = "step") -> Codec:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("tokenizer")
+            tokenizer = TOKENIZERS[name]()
+            tokenizer.add_tokens([UndoSettings().token], special_tokens=True)
+            tokenizer.save_pretrained(folders[name])
+        if (name, unit) not in made:
+            made[name, unit] = Codec(folders[name], UndoSettings(unit=unit), PROMPT)
+        return made[name, unit]
+
+    return codec
+
+
+def bytes_of(codec: Codec, ids: Ids) -> list[bytes]:
+    """What each token stands for, read off the vocabulary."""
+    tokens = codec.tokenizer.convert_ids_to_tokens(list(ids))
+    if "<0x0A>" not in codec.tokenizer.get_vocab():
+        alphabet = {char: byte for byte, char in _byte_alphabet().items()}
+        return [bytes(alphabet[char] for char in token) for token in tokens]
+    found = []
+    for place, token in enumerate(tokens):
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
+            found.append(bytes([int(token[3:5], 16)]))
+        else:
+            text = token.replace("▁", " ")
+            found.append((text.removeprefix(" ") if place == 0 else text).encode())
+    return found
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """GPT-2's table: printable bytes stand for themselves, the others for characters from 256 on."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + at) for at, byte in enumerate(rest)}
+
+
+# ---- judged rollouts ----
+
+
+def verdict_of(text: str, start: int, end: int, wrong: Sequence[tuple[int, int]], **more: Any) -> dict[str, Any]:
+    """As the judge writes it: the wrong step is text[start:end], `wrong` counts from its first character."""
+    spans, at = [], 0
+    for line in text.split("\n"):
+        spans.append([at, at + len(line)])
+        at += len(line) + 1
+    return {
+        "problem": problem().id, "correct": False, "steps": spans, "error_step": text.count("\n", 0, start),
+        "error_kind": "copy", "try_start": start, "try_text": text[start:end], "try_wrong": [list(span) for span in wrong],
+        "try_own": True, "continuation": [],
+    } | more  # fmt: skip
+
+
+def rollout_of(codec: Codec, name: str, ids: Ids, **more: Any) -> dict[str, Any]:
+    row = {"id": name, "token_ids": list(ids), "prompt_ids": list(codec.prompt_ids(problem())), "finish": "stop", "hot": False}
+    return row | more
+
+
+Row = tuple[dict[str, Any], dict[str, Any]]
+
+
+def wrong_row(codec: Codec, name: str, before: str, line: str, mark: str, after: str = "", hot: bool = False, **more: Any) -> Row:
+    """A rollout that goes wrong in `line`, at the first place where it holds `mark`."""
+    at = line.index(mark)
+    text = before + line + after
+    verdict = verdict_of(text, len(before), len(before) + len(line), [(at, at + len(mark))], **more)
+    return verdict, rollout_of(codec, name, codec.solution_ids(text), hot=hot)
+
+
+def right_row(codec: Codec, name: str, text: str, **more: Any) -> Row:
+    verdict = {"problem": problem().id, "correct": True, "error_step": -1} | more
+    return verdict, rollout_of(codec, name, codec.solution_ids(text))
+
+
+def sorted_rows(codec: Codec, *rows: Row, problems: Sequence[Problem] = (problem(),)) -> Judged:
+    verdicts, rollouts = zip(*rows, strict=True)
+    return sort_rollouts(verdicts, rollouts, {one.id: one for one in problems}, codec)
+
+
+def surviving(one: Candidate, codec: Codec) -> Ids:
+    start = one.trace.prompt_length
+    return apply_undo(one.trace.ids[start:], codec.rule).surviving
+
+
+def role_text(trace: Trace, codec: Codec, *roles: Role) -> str:
+    return codec.decode([token for token, role in zip(trace.ids, trace.roles, strict=True) if role in roles]).text
+
+
+# ---- where a rollout is cut ----
+
+words = st.sampled_from(["Ana", "pays", "3+4=7", "12", "é", "naïve", "日本", "🍎", "🍎🍎", "=", "x.", "She", "本日は"])
+lines = st.lists(words, min_size=1, max_size=4).map(" ".join)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(deadline=None, max_examples=120)
+@given(st.data())
+def test_a_rollout_is_cut_at_token_borders(name: str, codecs: Callable[..., Codec], data: st.DataObject) -> None:
+    """Prefix, try and what followed are the rollout's own ids; errors are the tokens that hold a byte of what is marked."""
+    codec = codecs(name)
+    text_lines = data.draw(st.lists(lines, min_size=1, max_size=4))
+    text_lines[1:] = [data.draw(st.sampled_from(["", "", " "])) + line for line in text_lines[1:]]
+    text = "\n".join(text_lines)
+    step = data.draw(st.integers(0, len(text_lines) - 1))
+    start = sum(len(line) + 1 for line in text_lines[:step])
+    line = text_lines[step]
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(line)), min_size=2, max_size=4))) if len(line) > 3 else [0, len(line)]
+    marked = list(zip(cuts[::2], cuts[1::2], strict=False))
+    ids = codec.encode(text)
+    if name == "bytes" and data.draw(st.booleans()):  # as a model may write it, unlike the tokenizer
+        at = sorted(data.draw(st.sets(st.integers(1, len(text)), max_size=5)) | {0, len(text)})
+        ids = tuple(token for first, last in itertools.pairwise(at) for token in codec.encode(text[first:last]))
+    ended = (*ids, codec.stop_id) if data.draw(st.booleans()) else ids
+    held = bytes_of(codec, ids)
+    assert b"".join(held).decode() == text
+    ends = list(itertools.accumulate(map(len, held), initial=0))
+    found = locate(verdict_of(text, start, start + len(line), marked), rollout_of(codec, "r", ended, hot=True), problem(), codec)
+    from_byte, to_byte = (len(text[:at].encode()) for at in (start, start + len(line)))
+    if from_byte not in ends or to_byte not in ends:
+        event("inside a token")
+        assert found is None
+        return
+    event("located")
+    assert found is not None
+    first, tried = len(found.prefix), len(found.wrong_try.ids)
+    assert found.prefix + found.wrong_try.ids + found.continued == ids
+    assert (ends[first], ends[first + tried]) == (from_byte, to_byte)
+    wrong_bytes = {
+        byte
+        for low, high in marked
+        for byte in range(len(text[: start + low].encode()), len(text[: start + high].encode()))
+    }  # fmt: skip
+    for at, is_wrong in enumerate(found.wrong_try.wrong, start=first):
+        own = set(range(ends[at], ends[at + 1]))
+        assert not own or is_wrong == bool(own & wrong_bytes)
+    assert (found.rollout, found.kind, found.hot, found.prompt) == ("r", "copy", True, codec.prompt_ids(problem()))
+
+
+@pytest.mark.parametrize("name", ["bytes", "pieces"])
+@pytest.mark.parametrize("first", ["🍎", "日本", "é"])
+def test_a_wrong_step_that_begins_with_a_character_of_several_tokens(name: str, first: str, codecs: Callable[..., Codec]) -> None:
+    codec = codecs(name)
+    before, line = "Ana pays.\n", f"{first} pays 7."
+    ids = codec.encode(f"{before}{line}\nx")
+    verdict = verdict_of(f"{before}{line}\nx", len(before), len(before) + len(line), [(0, len(first))])
+    found = locate(verdict, rollout_of(codec, "r", ids), problem(), codec)
+    assert found is not None
+    assert b"".join(bytes_of(codec, found.prefix)).decode() == codec.decode(found.prefix).text == before
+    assert found.prefix + found.wrong_try.ids == ids[: len(found.prefix) + len(found.wrong_try.ids)]
+    wrong = [token for token, is_wrong in zip(found.wrong_try.ids, found.wrong_try.wrong, strict=True) if is_wrong]
+    assert len(wrong) > 1 and codec.decode((*codec.encode("x"), *wrong)).text == f"x{first}"
+
+
+def test_a_border_inside_a_token(codecs: Callable[..., Codec]) -> None:
+    codec = codecs("pieces over lines")
+    text = f"{LINE_1}\n{LINE_2}"
+    ids = codec.encode(text)
+    assert any(b"\n" in held and not held.endswith(b"\n") for held in bytes_of(codec, ids)), "a token that spans the line break"
+    verdict = verdict_of(text, len(LINE_1) + 1, len(text), [(0, 3)])
+    assert locate(verdict, rollout_of(codec, "r", ids), problem(), codec) is None
+    judged = sorted_rows(codec, (verdict, rollout_of(codec, "r", ids)))
+    assert judged.dropped == {"inside_a_token": 1} and not judged.wrong
+    assert judged.wholly_wrong[problem().id] == [("r", ids)]
+
+
+@pytest.mark.parametrize("name", ["bytes", "pieces"])
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_recomputed_try_reads_on_from_its_prefix(name: str, step: int, codecs: Callable[..., Codec]) -> None:
+    """The ids of the prefix are the rollout's own; the recomputed text behind them adds no character to it."""
+    codec = codecs(name)
+    own = [LINE_1.replace("3+4", "3+5"), LINE_2.replace("7*2", "7*3")][step]
+    before = ["", LINE_1 + "\n"][step]
+    recomputed = [own.replace("7>>7", "8>>8"), own.replace("14>>14", "21>>21")][step]
+    decision = own.index(["5", "3"][step])
+    text = f"{before}{own}\n{LAST}"
+    verdict = verdict_of(text, len(before), len(before) + len(own), [(decision, decision + 1)])
+    verdict |= {"try_own": False, "try_text": recomputed}
+    ids = codec.encode(text)
+    found = locate(verdict, rollout_of(codec, "r", ids), problem(), codec)
+    assert found is not None and found.continued == ()
+    assert found.prefix == ids[: len(found.prefix)] and codec.decode(found.prefix).text == before
+    assert codec.decode(found.prefix + found.wrong_try.ids).text == before + recomputed
+    marked = [token for token, wrong in zip(found.wrong_try.ids, found.wrong_try.wrong, strict=True) if wrong]
+    assert [held.strip() for held in bytes_of(codec, (ids[0], *marked))[1:]] == [["5", "3"][step].encode()]
+
+
+@pytest.mark.parametrize("name", ["bytes", "pieces"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_gold_solution_reads_on_from_the_models_words(name: str, unit: Unit, codecs: Callable[..., Codec]) -> None:
+    codec = codecs(name, unit)
+    for before, line, mark in (("", LINE_1.replace("3+4", "3+5"), "5"), (LINE_1 + "\n", LINE_2.replace("7*2", "7*3"), "3")):
+        judged = sorted_rows(codec, wrong_row(codec, "r", before, line, mark, f"\n{LAST}"))
+        (one,) = own_errors(judged, False, TraceSettings(), codec, 0)
+        assert one.correction == "gold"
+        assert codec.decode(surviving(one, codec)).text == problem().solution
+        assert surviving(one, codec)[-1] == codec.stop_id
+
+
+# ---- sorting ----
+
+
+def test_sorting(codecs: Callable[..., Codec]) -> None:
+    codec = codecs()
+    gold = problem().solution
+    line = LINE_2.replace("7*2", "7*3")
+    judged = sorted_rows(
+        codec,
+        right_row(codec, "right", gold),
+        right_row(codec, "right with a wrong step", gold, error_step=0),
+        (right_row(codec, "cut", gold)[0], right_row(codec, "cut", gold)[1] | {"finish": "length"}),
+        wrong_row(codec, "wrong", f"{LINE_1}\n", line, "3", "\n#### 21", continuation=[1, 2, codec.stop_id]),
+        wrong_row(codec, "nowhere", f"{LINE_1}\n", line, "3", try_start=-1),
+    )
+    name = problem().id
+    assert judged.right == {name: [codec.solution_ids(gold)]}
+    assert [one.rollout for one in judged.wrong[name]] == ["wrong"]
+    assert [rollout for rollout, _ in judged.wholly_wrong[name]] == ["wrong", "nowhere"]
+    assert judged.dropped == {"not_located": 1}
+    assert judged.resampled == {(name, codec.encode(f"{LINE_1}\n")): (1, 2, codec.stop_id)}
+    (one,) = judged.wrong[name]
+    assert codec.decode(one.continued).text == "\n#### 21"
+
+
+def test_a_continuation_of_another_step_is_not_taken(codecs: Callable[..., Codec]) -> None:
+    """The search found the first wrong step elsewhere than where the try begins: what it sampled does not belong there."""
+    codec = codecs()
+    row = wrong_row(codec, "r", f"{LINE_1}\n", LINE_2.replace("7*2", "7*3"), "3", continuation=[1], error_step=0)
+    assert not sorted_rows(codec, row).resampled
+
+
+def test_a_rollout_of_a_held_out_problem_is_an_error(codecs: Callable[..., Codec]) -> None:
+    with pytest.raises(KeyError):
+        sorted_rows(codecs(), right_row(codecs(), "r", "#### 14", problem="gsm8k/test/0"))
+
+
+# ---- the model's own errors ----
+
+SIBLING = "3+4=<<3+4=7>>7\nSo 2*7=<<2*7=14>>14 dollars.\n#### 14"
+WRONG_2 = LINE_2.replace("7*2=<<7*2=14>>14", "7*3=<<7*3=21>>21")
+
+
+def own(codec: Codec, judged: Judged, hot: bool = False, seed: int = 0, **more: Any) -> list[Candidate]:
+    return list(own_errors(judged, hot, TraceSettings(**more), codec, seed))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_correction_is_a_siblings_or_resampled_or_gold(unit: Unit, codecs: Callable[..., Codec]) -> None:
+    codec = codecs(unit=unit)
+    before = SIBLING[: SIBLING.index("\n") + 1]
+    resampled = codec.solution_ids("That is 14.\n#### 14")
+    wrong = wrong_row(codec, "w", before, WRONG_2, "3", "\n#### 21", continuation=list(resampled))
+    unsampled = wrong_row(codec, "w", before, WRONG_2, "3", "\n#### 21")
+    other = right_row(codec, "other", problem().solution)  # begins otherwise
+    sibling = right_row(codec, "s", SIBLING)
+    prefix = codec.encode(before)
+    ways = {
+        "sibling": ([wrong, other, sibling], codec.solution_ids(SIBLING)),
+        "resampled": ([wrong, other], prefix + resampled),
+        "gold": ([unsampled, other], prefix + codec.solution_ids(f"{LINE_2}\n{LAST}")),
+    }
+    for name, (rows, solution) in ways.items():
+        judged = sorted_rows(codec, *rows)
+        (one,) = own(codec, judged)
+        assert (one.source, one.correction, one.rollouts, one.kinds) == ("self", name, ("w",), ("copy",))
+        assert one.trace.ids[: one.trace.prompt_length] == codec.prompt_ids(problem())
+        assert surviving(one, codec) == solution
+        assert codec.decode(one.continued).text == "\n#### 21"
+        (located,) = judged.wrong[problem().id]
+        assert one.trace.roles.count(Role.ERROR) == sum(located.wrong_try.wrong) == 1
+        assert role_text(one.trace, codec, Role.ERROR) == "3"
+        before_undo = one.trace.ids.index(codec.rule.undo_id)
+        written = one.trace.ids[one.trace.prompt_length : before_undo]
+        assert written == tuple(unsampled[1]["token_ids"][: len(written)])
+
+
+def test_no_correction_is_counted(codecs: Callable[..., Codec]) -> None:
+    """The gold solution has no line left, and no other way is known."""
+    codec = codecs()
+    bare = problem(solution="3+4=<<3+4=7>>7", answer="7")
+    judged = sorted_rows(codec, wrong_row(codec, "w", "So 3+4=<<3+4=7>>7\n", "Then 7+1=8", "1"), problems=[bare])
+    assert own(codec, judged) == [] and judged.dropped == {"no_correction": 1}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_sibling_that_goes_the_same_wrong_way_is_no_correction(unit: Unit, codecs: Callable[..., Codec]) -> None:
+    """It wrote the same step and came out right: to undo the step and to write it again would teach nothing but the error."""
+    codec = codecs(unit=unit)
+    before = f"{LINE_1}\n"
+    same = right_row(codec, "same", f"{before}{WRONG_2}\nNo: {LINE_2}\n{LAST}")
+    wrong = wrong_row(codec, "w", before, WRONG_2, "3", "\n#### 21")
+    (one,) = own(codec, sorted_rows(codec, same, wrong))
+    assert one.correction == "gold" and codec.decode(surviving(one, codec)).text == problem().solution
+    sibling = right_row(codec, "s", f"{before}So {LINE_2}\n{LAST}")
+    (one,) = own(codec, sorted_rows(codec, same, sibling, wrong))
+    assert one.correction == "sibling" and surviving(one, codec) == tuple(sibling[1]["token_ids"])
+    resampled = wrong_row(codec, "w", before, WRONG_2, "3", continuation=list(codec.solution_ids(f"{WRONG_2}\n{LAST}")))
+    (one,) = own(codec, sorted_rows(codec, resampled))
+    assert one.correction == "gold"
+
+
+def several(codec: Codec) -> Judged:
+    """Wrong tries of one problem: two at its first step, two at its second, one of them twice."""
+    return sorted_rows(
+        codec,
+        wrong_row(codec, "a", "", LINE_1.replace("3+4=<<3+4=7>>7", "3+5=<<3+5=8>>8"), "5", "\nA"),
+        wrong_row(codec, "b", "", "She has 3*4=<<3*4=12>>12.", "*", "\nB"),
+        wrong_row(codec, "c", f"{LINE_1}\n", WRONG_2, "3", "\nC"),
+        wrong_row(codec, "d", f"{LINE_1}\n", "Ana pays 7-2=<<7-2=5>>5 dollars.", "-", "\nD"),
+        wrong_row(codec, "again", f"{LINE_1}\n", WRONG_2, "3", "\nC"),
+    )
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("most", [1, 2, 3, 9])
+def test_chains_of_errors(unit: Unit, most: int, codecs: Callable[..., Codec]) -> None:
+    """Every different try leads one trace; others come along, at the same place and elsewhere, `max_errors` in all."""
+    codec = codecs(unit=unit)
+    judged = several(codec)
+    by_name = {one.rollout: one for one in judged.wrong[problem().id]}
+    sizes: Counter[int] = Counter()
+    together: set[tuple[str, ...]] = set()
+    for seed in range(12):
+        some = own(codec, judged, seed=seed, max_errors=most)
+        assert sorted({"again": "c"}.get(one.rollouts[0], one.rollouts[0]) for one in some) == ["a", "b", "c", "d"]
+        for one in some:
+            sizes[len(one.rollouts)] += 1
+            together.add(one.rollouts)
+            assert len(set(one.rollouts)) == len(one.rollouts) == len(one.kinds) <= most
+            assert codec.decode(surviving(one, codec)).text == problem().solution
+            errors = sum(sum(by_name[name].wrong_try.wrong) for name in one.rollouts)
+            assert one.trace.roles.count(Role.ERROR) == errors
+            assert set(states_before_undos(one, codec)) == {
+                by_name[name].prefix + by_name[name].wrong_try.ids for name in one.rollouts
+            }
+    assert set(sizes) == set(range(1, min(most, 4) + 1))
+    if most > 1:
+        assert any({"a", "b"} <= {*names} for names in together), "two at one place"
+        assert any({"a", "d"} <= {*names} for names in together), "at two places"
+    assert own(codec, judged, seed=5) == own(codec, several(codec), seed=5)
+
+
+def states_before_undos(one: Candidate, codec: Codec) -> list[Ids]:
+    """What stands where each run of undos begins."""
+    ids, undo_id = one.trace.ids[one.trace.prompt_length :], codec.rule.undo_id
+    starts = [at for at in range(1, len(ids)) if ids[at] == undo_id != ids[at - 1]]
+    return [apply_undo(ids[:at], codec.rule).surviving for at in starts]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_what_the_model_wrote_behind_the_last_error(unit: Unit, codecs: Callable[..., Codec]) -> None:
+    """The last error is the one whose undo comes last. With unit `token` that is not the one chosen last: what a try has in common
+    with the right way stays, so it leaves the way later."""
+    codec = codecs(unit=unit)
+    judged = several(codec)
+    for seed in range(12):
+        for one in own(codec, judged, seed=seed):
+            last = states_before_undos(one, codec)[-1]
+            (expected,) = {
+                other.continued for other in judged.wrong[problem().id] if other.prefix + other.wrong_try.ids == last
+            }  # fmt: skip
+            assert codec.decode(one.continued).text == codec.decode(expected).text
+
+
+def test_near_misses_are_near(codecs: Callable[..., Codec]) -> None:
+    """By the tokens that the wrong step and the right one share, as a share of both; just at the limit is near enough."""
+    codec = codecs()
+    before = f"{LINE_1}\n"
+    tries = {"near": WRONG_2, "far": "Bob said: six of 3!"}
+    rows = [wrong_row(codec, name, before, line, "3", hot=True) for name, line in tries.items()]
+    way = list(codec.encode(f"{LINE_2}\n"))
+    shares = {}
+    for name, line in tries.items():
+        rest, common = list(way), 0
+        for token in codec.encode(line):
+            if token in rest:
+                rest.remove(token)
+                common += 1
+        shares[name] = 2 * common / (len(way) + len(codec.encode(line)))
+    assert shares["far"] < 0.5 < shares["near"]
+    for nearness in (0.0, shares["far"], shares["far"] + 1e-9, shares["near"], shares["near"] + 1e-9, 1.0):
+        judged = sorted_rows(codec, *rows)
+        some = own(codec, judged, hot=True, nearness=nearness, max_errors=1)
+        near = [name for name in tries if shares[name] >= nearness]
+        assert sorted(one.rollouts[0] for one in some) == sorted(near)
+        assert {one.source for one in some} <= {"near_miss"}
+        assert judged.dropped["not_near"] == 2 - len(near)
+
+
+def test_hot_and_ordinary_samples_stay_apart(codecs: Callable[..., Codec]) -> None:
+    codec = codecs()
+    before = f"{LINE_1}\n"
+    hot = wrong_row(codec, "hot", before, WRONG_2, "3", hot=True)
+    cold = wrong_row(codec, "cold", before, LINE_2.replace("7*2", "7*5"), "5")
+    judged = sorted_rows(codec, hot, cold)
+    for seed in range(5):
+        assert [(one.source, one.rollouts) for one in own(codec, judged, False, seed)] == [("self", ("cold",))]
+        assert [(one.source, one.rollouts) for one in own(codec, judged, True, seed)] == [("near_miss", ("hot",))]
+
+
+def second_error(codec: Codec) -> Judged:
+    """It decides on 7*3, which makes 21, and writes 20."""
+    line = LINE_2.replace("7*2=<<7*2=14>>14", "7*3=<<7*3=20>>20")
+    row = wrong_row(codec, "w", f"{LINE_1}\n", line, "3", "\n#### 20", try_own=False)
+    row[0]["try_text"] = line.replace("20>>20", "21>>21")
+    return sorted_rows(codec, row)
+
+
+def test_a_second_error_is_taken_back_within_the_first(codecs: Callable[..., Codec]) -> None:
+    """Unit `token`: `7*3=<<7*3=20` is what it wrote; the 0 goes, the right inference stands, then all goes."""
+    codec = codecs(unit="token")
+    judged = second_error(codec)
+    (located,) = judged.wrong[problem().id]
+    (inner,) = located.wrong_try.inner
+    assert codec.decode(located.wrong_try.ids[: inner.at]).text == "She pays 7*3=<<7*3=2"
+    assert codec.decode(inner.wrong_try.ids).text == "0" and inner.wrong_try.wrong == (True,)
+    (one,) = own(codec, judged)
+    assert role_text(one.trace, codec, Role.ERROR) == "30"
+    ids, undo_id = one.trace.ids, codec.rule.undo_id
+    start = one.trace.prompt_length
+    first = ids.index(undo_id)
+    assert codec.decode(ids[start:first]).text == f"{LINE_1}\nShe pays 7*3=<<7*3=20"
+    assert ids[first + 1] != undo_id
+    second = ids.index(undo_id, first + 1)
+    assert codec.decode(ids[first + 1 : second]).text == "1>>21 dollars."
+    stood = codec.decode(apply_undo(ids[start:second], codec.rule).surviving).text
+    assert stood == f"{LINE_1}\nShe pays 7*3=<<7*3=21>>21 dollars."
+    assert codec.decode(surviving(one, codec)).text == problem().solution
+    assert one.continued == ()
+
+
+@pytest.mark.parametrize("unit", ["step", "all"])
+def test_a_second_error_that_no_undo_can_take_back_alone_is_left_out(unit: Unit, codecs: Callable[..., Codec]) -> None:
+    codec = codecs(unit=unit)
+    (one,) = own(codec, second_error(codec))
+    assert role_text(one.trace, codec, Role.ERROR) == "3"
+    assert one.trace.roles.count(Role.UNDO) == 1
+    assert codec.decode(surviving(one, codec)).text == problem().solution
+
+
+def test_no_second_error_before_the_decision_or_without_a_number(codecs: Callable[..., Codec]) -> None:
+    """What the model wrote differs from the recomputed text in a number before the decision, or in a word, or nowhere."""
+    codec = codecs(unit="token")
+    try_text = f"At 5 {WRONG_2}"
+    for line in (try_text.replace("At 5", "At 6"), try_text.replace("dollars", "apples"), try_text):
+        row = wrong_row(codec, "w", f"{LINE_1}\n", line, "3", try_own=False, try_text=try_text)
+        (located,) = sorted_rows(codec, row).wrong[problem().id]
+        assert located.wrong_try.inner == ()
+
+
+def test_an_error_at_position_0(codecs: Callable[..., Codec]) -> None:
+    """The very first token of the completion is wrong."""
+    for unit, name in itertools.product(UNITS, ["bytes", "pieces"]):
+        codec = codecs(name, unit)
+        (one,) = own(codec, sorted_rows(codec, wrong_row(codec, "w", "", "Bob 7", "Bob 7")))
+        assert one.trace.roles[one.trace.prompt_length] == Role.ERROR
+        assert codec.decode(surviving(one, codec)).text == problem().solution
+
+
+def test_an_empty_error_is_none(codecs: Callable[..., Codec]) -> None:
+    codec = codecs()
+    row = wrong_row(codec, "w", f"{LINE_1}\n", WRONG_2, "3")
+    for spans in ([], [[3, 3]]):
+        assert locate(row[0] | {"try_wrong": spans}, row[1], problem(), codec) is None
+
+
+def test_undo_text_in_a_question_is_no_undo_token(codecs: Callable[..., Codec]) -> None:
+    codec = codecs()
+    hostile = problem(question=f"What is {UndoSettings().token}?")
+    assert codec.rule.undo_id not in codec.prompt_ids(hostile)
+    assert UndoSettings().token in codec.decode(codec.prompt_ids(hostile)).text
+
+
+def test_an_undo_token_in_the_prompt_is_refused(codecs: Callable[..., Codec]) -> None:
+    codec = codecs()
+    row = wrong_row(codec, "w", f"{LINE_1}\n", WRONG_2, "3")
+    row[1]["prompt_ids"] = [5, codec.rule.undo_id]
+    with pytest.raises(ValueError, match="the prompt holds the undo token"):
+        own(codec, sorted_rows(codec, row))
+
+
+# ---- random tokens ----
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_random_errors(unit: Unit, codecs: Callable[..., Codec]) -> None:
+    """In a right solution of the model's own where there is one, else in gold; problems in turn."""
+    codec = codecs(unit=unit)
+    problems = [problem(), problem(1)]
+    judged = sorted_rows(codec, right_row(codec, "s", SIBLING), right_row(codec, "t", LAST), problems=problems)
+    some = list(random_errors(judged, problems, 40, TraceSettings(random_tokens=2), codec, 0))
+    assert [one.problem.id for one in some] == [problems[number % 2].id for number in range(40)]
+    special = {*codec.tokenizer.all_special_ids, codec.stop_id}
+    lengths, solutions = set(), set()
+    for one in some:
+        is_own = one.problem.id == problem().id
+        assert (one.source, one.correction, one.kinds) == ("random", "sibling" if is_own else "gold", ("random",))
+        text = codec.decode(surviving(one, codec)).text
+        solutions.add((is_own, text))
+        wrong = [token for token, role in zip(one.trace.ids, one.trace.roles, strict=True) if role == Role.ERROR]
+        lengths.add(len(wrong))
+        assert not special & {*wrong}
+        assert one.trace.ids[: one.trace.prompt_length] == codec.prompt_ids(one.problem)
+    assert lengths == {1, 2}
+    assert solutions == {(True, SIBLING), (True, LAST), (False, problem().solution)}
+    assert list(random_errors(judged, problems, 40, TraceSettings(random_tokens=2), codec, 0)) == some
+    assert list(random_errors(judged, problems, 40, TraceSettings(random_tokens=2), codec, 1)) != some
+    assert list(random_errors(judged, problems, 0, TraceSettings(), codec, 0)) == []
+
+
+# ---- steps of wrong solutions ----
+
+
+def test_aligned_errors(codecs: Callable[..., Codec]) -> None:
+    """The first step that differs; a rollout that merely breaks off has none and is counted."""
+    codec = codecs()
+    judged = sorted_rows(
+        codec,
+        wrong_row(codec, "w", f"{LINE_1}\n", WRONG_2, "3", "\n#### 21"),
+        wrong_row(codec, "cut", "", LINE_1, "3"),
+    )
+    (one,) = aligned_errors(judged, {problem().id: problem()}, codec, 0)
+    assert (one.source, one.correction, one.rollouts, one.kinds) == ("aligned", "gold", ("w",), ("aligned",))
+    assert codec.decode(surviving(one, codec)).text == problem().solution
+    assert role_text(one.trace, codec, Role.ERROR) == WRONG_2[WRONG_2.index("3") :] + "\n"
+    assert judged.dropped == {"not_aligned": 1}
+    judged = sorted_rows(codec, wrong_row(codec, "w", f"{LINE_1}\n", WRONG_2, "3"), right_row(codec, "s", SIBLING))
+    (one,) = aligned_errors(judged, {problem().id: problem()}, codec, 0)
+    assert one.correction == "sibling" and codec.decode(surviving(one, codec)).text == SIBLING
+
+
+# ---- search trees ----
+
+
+def tree_rows(codec: Codec, **more: Any) -> dict[str, list[Any]]:
+    """A right first step, behind it a right and a wrong one."""
+    steps = [(), codec.encode(f"{LINE_1}\n"), codec.solution_ids(f"{LINE_2}\n{LAST}"), codec.solution_ids(f"{WRONG_2}\n{LAST}")]
+    return {
+        "problem": [problem().id],
+        "prompt_ids": [list(codec.prompt_ids(problem()))],
+        "parent": [[-1, 0, 1, 1]],
+        "ids": [[list(step) for step in steps]],
+        "value": [[0.5, 0.6, 1.0, 0.0]],
+        "right": [[-1, -1, 1, 0]],
+    } | more
+
+
+def searched(codec: Codec, folder: Path, rows: dict[str, list[Any]], **more: Any) -> list[Candidate]:
+    Dataset.from_dict(rows).save_to_disk(folder)
+    return list(searched_errors(str(folder), {problem().id: problem()}, TraceSettings(**more), codec))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_search_trees(unit: Unit, codecs: Callable[..., Codec], tmp_path: Path) -> None:
+    codec = codecs(unit=unit)
+    (one,) = searched(codec, tmp_path / "trees", tree_rows(codec))
+    assert (one.source, one.correction, one.kinds, one.rollouts) == ("search", "search", ("search",), ())
+    assert codec.decode(surviving(one, codec)).text == problem().solution
+    assert one.trace.ids[: one.trace.prompt_length] == codec.prompt_ids(problem())
+    assert role_text(one.trace, codec, Role.ERROR).startswith("3=<<7*3=21>>21")
+
+
+def test_trees_that_teach_nothing_are_passed_over(codecs: Callable[..., Codec], tmp_path: Path) -> None:
+    codec = codecs()
+    assert searched(codec, tmp_path / "trees", tree_rows(codec, right=[[-1, -1, 0, 0]])) == []
+
+
+def test_a_tree_gives_no_more_errors_than_a_trace_may_hold(codecs: Callable[..., Codec], tmp_path: Path) -> None:
+    codec = codecs()
+    ids = [[], [1], *([token] for token in (10, 11, 12))]
+    rows = tree_rows(codec, parent=[[-1, 0, 0, 0, 0]], ids=[ids], value=[[0.5, 1.0, 0.0, 0.0, 0.0]], right=[[-1, 1, 0, 0, 0]])
+    for most in (1, 2, 3):
+        (one,) = searched(codec, tmp_path / str(most), rows, max_errors=most)
+        assert len(one.kinds) == one.trace.roles.count(Role.ERROR) == most
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"problem": ["gsm8k/test/0"]}, "'gsm8k/test/0' is no training problem"),
+        ({"parent": [[-1, 0, -1, 1]]}, "gsm8k/train/0: node 2 of a search tree has parent -1"),
+        ({"parent": [[-1, 2, 1, 1]]}, "gsm8k/train/0: node 1 of a search tree has parent 2"),
+        ({"value": [[0.5, 0.6]]}, "gsm8k/train/0: a search tree whose parent, ids, value and right differ in length"),
+    ],
+    ids=["held out", "two roots", "cycle", "lengths"],
+)
+def test_bad_search_trees(codecs: Callable[..., Codec], tmp_path: Path, more: dict[str, Any], message: str) -> None:
+    with pytest.raises(StageError, match=r"traces\.search_trees: ") as error:
+        searched(codecs(), tmp_path / "trees", tree_rows(codecs()) | more)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["prompt_ids", "ids"])
+def test_undo_tokens_in_search_trees(where: str, codecs: Callable[..., Codec], tmp_path: Path) -> None:
+    codec = codecs()
+    rows = tree_rows(codec)
+    (rows["prompt_ids"][0] if where == "prompt_ids" else rows["ids"][0][2]).insert(1, codec.rule.undo_id)
+    part = "prompt" if where == "prompt_ids" else "solution"
+    with pytest.raises(StageError, match=f"traces.search_trees: gsm8k/train/0: the {part} holds the undo token"):
+        searched(codec, tmp_path / "trees", rows)
+
+
+def test_no_search_trees(codecs: Callable[..., Codec], tmp_path: Path) -> None:
+    """A folder that is not there, is no dataset, or has no rows: one line each."""
+    (tmp_path / "empty").mkdir()
+    DatasetDict({"train": Dataset.from_dict(tree_rows(codecs()))}).save_to_disk(tmp_path / "splits")
+    nothing = tmp_path / "nothing"
+    for folder in (tmp_path / "missing", tmp_path / "empty", tmp_path / "splits", nothing):
+        if folder == nothing:
+            Dataset.from_dict({name: [] for name in tree_rows(codecs())}).save_to_disk(folder)
+        with pytest.raises(StageError, match=r"traces\.search_trees: ") as error:
+            list(searched_errors(str(folder), {}, TraceSettings(), codecs()))
+        assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("column", ["problem", "prompt_ids", "parent", "ids", "value", "right"])
+def test_search_trees_that_lack_a_column(column: str, codecs: Callable[..., Codec], tmp_path: Path) -> None:
+    rows = {name: values for name, values in tree_rows(codecs()).items() if name != column}
+    with pytest.raises(StageError, match=f"lacks the columns {column}$"):
+        searched(codecs(), tmp_path / "trees", rows)
+
+
+# ---- clean rows ----
+
+
+def test_clean_rows(codecs: Callable[..., Codec]) -> None:
+    codec = codecs()
+    ids, prompt = codec.solution_ids(problem().solution), codec.prompt_ids(problem())
+    one = clean_row(problem(), ids, prompt, "gold")
+    assert one.trace == build_trace(prompt, ids, (), codec.rule)
+    assert (one.source, one.correction, one.kinds) == ("clean", "gold", ())
