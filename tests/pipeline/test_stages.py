@@ -16,7 +16,7 @@ from pipeline.backtrack.trace import Role, Trace
 from pipeline.config import ScratchModel, Settings, UndoSettings
 from pipeline.stages import sft
 from pipeline.stages.base import new_model, train_tokenizer
-from pipeline.stages.io import Codec, write_rows
+from pipeline.stages.io import Codec, Text, write_rows
 from pipeline.stages.problems import FEATURES as PROBLEMS
 from pipeline.stages.rollouts import context_length, within_context
 from pipeline.stages.stage import StageError
