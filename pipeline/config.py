@@ -276,7 +276,7 @@ class LoraSettings(Section):
 
 
 class SftSettings(TrainSettings):
-    form: Literal["soft", "hard", "rewind"] = Field("soft", description="What the model sees of deleted tokens.")
+    form: Literal["soft", "hard", "rewind"] = Field("rewind", description="What the model sees of deleted tokens.")
     rewinding: Literal["deferred", "immediate"] = Field("deferred", description="Unit token, rewind: undos act as a run, or each.")
     hide_undos: bool = Field(False, description="Form hard: nothing sees an undo token but itself.")
     positions: Literal["kept", "depth"] = Field("kept", description="Form hard: positions as emitted, or restarting.")
