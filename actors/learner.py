@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 from transformers.training_args import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from actors.checkpoints import KEPT, Checkpoints, Snapshot
 from actors.decode import HfDecoder
 from actors.engines import HfEngine, Request, Sampling
 from actors.packing import TrainingSet, collate, examples_of, pack_by_phase
@@ -26,6 +29,8 @@ from actors.trainable import prepare, save
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import BaseTraining, SftSettings, TrainSettings
 from pipeline.telemetry import redirect_process_output
+
+_FINISHED, _CURVE = "finished", "curve.json"  # in a folder for checkpoints: the model and its curve when training is done
 
 
 class TrainingError(RuntimeError):
@@ -71,17 +76,26 @@ def fit(
     seed: int,
     curve: Curve,
     check: DevCheck | None = None,
+    resume: Path | None = None,
 ) -> Curve:
     """Train the model of folder `source` on the traces and save it as an ordinary folder `target`.
 
+    Args:
+        resume: a folder for checkpoints of this very training. What a killed call has left there is gone on from.
+
     Raises:
-        TrainingError: a loss that is no number.
+        TrainingError: a loss that is no number, or no memory left.
         ValueError: no trace fits into a row.
     """
+    if resume and (resume / _FINISHED).is_dir():
+        shutil.copytree(resume / _FINISHED, target, dirs_exist_ok=True)
+        _read_curve(curve, json.loads((resume / _CURVE).read_text()))
+        return curve
     begun = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(source)
     sft = settings if isinstance(settings, SftSettings) else SftSettings()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    torch.manual_seed(seed)  # adapters begin at random
     model = prepare(model, data.rule.undo_id, sft.trainable, sft.lora.rank, sft.lora.alpha)
     examples, curve.left_out = examples_of(data, settings.row_tokens)
     rows = pack_by_phase(examples, data.most_undos, settings.row_tokens, settings.steps, settings.rows, seed)
@@ -90,10 +104,11 @@ def fit(
     best = _KeepBest(curve, check, settings, tokenizer, model) if check and isinstance(settings, BaseTraining) else None
     if best:
         callbacks.append(best)
-    with tempfile.TemporaryDirectory() as scratch:
+    with ExitStack() as stack:
+        folder = resume or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         trainer = TreeTrainer(
             model=model,
-            args=_arguments(settings, seed, scratch),
+            args=_arguments(settings, seed, str(folder), saves=resume is not None),
             # The rows are packed already: the dataset only says which of them a batch is made of.
             train_dataset=Dataset.from_dict({"row": list(range(len(rows)))}),
             data_collator=lambda batch: collate(
@@ -105,7 +120,13 @@ def fit(
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        trainer.train()
+        checkpoints = Checkpoints(folder, _Progress(curve, trainer, best))
+        trainer.add_callback(checkpoints)
+        newest = checkpoints.resume()
+        try:
+            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise TrainingError(f"out of memory at step {curve.step + 1}: lower rows or row_tokens") from error
         curve.target_tokens = round(trainer.targets_seen)
     if best:
         best.restore()
@@ -114,10 +135,42 @@ def fit(
     curve.tokens = sum(examples[index].tokens for row in rows[: curve.step * settings.rows] for index in row)
     save(model.eval(), tokenizer, target, sft.trainable)
     curve.seconds = time.monotonic() - begun
+    if resume:
+        (resume / _CURVE).write_text(json.dumps(asdict(curve)))
+        part = resume / f"{_FINISHED}.part"
+        shutil.copytree(target, part, dirs_exist_ok=True)
+        part.rename(resume / _FINISHED)
     return curve
 
 
-def _arguments(settings: TrainSettings, seed: int, folder: str) -> SFTConfig:
+class _Progress:
+    """What a checkpoint has to hold beside the trainer's own state."""
+
+    def __init__(self, curve: Curve, trainer: TreeTrainer, best: _KeepBest | None) -> None:
+        self._curve, self._trainer, self._best = curve, trainer, best
+
+    def snapshot(self) -> Snapshot:
+        self._trainer.last_saved = self._curve.step
+        values = {"curve": asdict(self._curve), "targets_seen": self._trainer.targets_seen}
+        if self._best is None:
+            return Snapshot(values)
+        return Snapshot(values | {"best": [self._best.accuracy, self._best.without_rise]}, self._best.weights)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        _read_curve(self._curve, snapshot.values["curve"])
+        self._trainer.targets_seen = snapshot.values["targets_seen"]
+        self._trainer.last_saved = self._curve.step
+        if self._best is not None:
+            self._best.accuracy, self._best.without_rise = snapshot.values["best"]
+            self._best.weights = dict(snapshot.tensors)
+
+
+def _read_curve(curve: Curve, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(curve, name, [tuple(point) for point in value] if isinstance(value, list) else value)
+
+
+def _arguments(settings: TrainSettings, seed: int, folder: str, saves: bool = False) -> SFTConfig:
     return SFTConfig(
         output_dir=folder,
         max_steps=settings.steps,
@@ -131,7 +184,10 @@ def _arguments(settings: TrainSettings, seed: int, folder: str) -> SFTConfig:
         max_grad_norm=1.0,
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
-        save_strategy="no",
+        save_strategy="steps" if saves else "no",
+        # At whole points of the loss curve, since what has come in since the last point is not saved.
+        save_steps=math.ceil(settings.checkpoint_every / settings.log_every) * settings.log_every,
+        save_total_limit=KEPT,
         train_sampling_strategy="sequential",  # rows are packed in the order of the steps
         report_to="none",
         disable_tqdm=True,
@@ -150,6 +206,8 @@ class TreeTrainer(SFTTrainer):
     """SFTTrainer on batches of `collate`: weighted cross entropy at the places that carry a target, and logits nowhere else."""
 
     targets_seen = 0.0
+    last_saved = 0
+    """Step of the newest checkpoint."""
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of one step, and what their targets weigh together: the loss is a mean over all of them."""
@@ -168,7 +226,13 @@ class TreeTrainer(SFTTrainer):
             ended = logits_NV[ends_run]
             others = ended.scatter(1, target[ends_run].unsqueeze(1), -torch.inf)
             losses = losses.masked_scatter(ends_run, ended.logsumexp(1) - others.logsumexp(1))
-        return (losses * weight).sum() / max(num_items_in_batch, 1e-9)
+        loss = (losses * weight).sum() / max(num_items_in_batch, 1e-9)
+        if not loss.isfinite():
+            traces = ", ".join(map(str, inputs["numbers"][:12].tolist())) + (", .." if len(inputs["numbers"]) > 12 else "")
+            kept = f"; the last checkpoint is of step {self.last_saved}" if self.last_saved else ""
+            where = f"at step {self.state.global_step + 1}, on traces {traces}"
+            raise TrainingError(f"the loss is {loss.item()} {where}: lower the learning rate (lr){kept}")
+        return loss
 
 
 @contextmanager
@@ -185,7 +249,7 @@ def logits_only_at(model: Any, row: torch.Tensor, column: torch.Tensor) -> Itera
 
 
 class _Watch(TrainerCallback):
-    """Keeps the curve, and stops a run whose loss is no number."""
+    """Keeps the curve."""
 
     def __init__(self, curve: Curve) -> None:
         self._curve = curve
@@ -195,11 +259,8 @@ class _Watch(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         loss = kwargs["logs"].get("loss")
-        if loss is None:
-            return
-        if not math.isfinite(float(loss)):
-            raise TrainingError(f"the loss is {loss} at step {state.global_step}: lower the learning rate (lr)")
-        self._curve.losses.append((state.global_step, float(loss)))
+        if loss is not None:
+            self._curve.losses.append((state.global_step, float(loss)))
 
 
 class _KeepBest(TrainerCallback):
@@ -213,25 +274,26 @@ class _KeepBest(TrainerCallback):
             tokenizer,
             model,
         )
-        self._best: dict[str, torch.Tensor] = {}
-        self._best_accuracy = -1.0
-        self._without_rise = 0
+        self.weights: dict[str, torch.Tensor] = {}
+        self.accuracy = -1.0
+        self.without_rise = 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step % self._settings.check_every and state.global_step < self._settings.steps:
             return
         accuracy = self._accuracy()
         self._curve.checks.append((state.global_step, accuracy))
-        if accuracy > self._best_accuracy:
-            self._best_accuracy, self._without_rise = accuracy, 0
-            self._best = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+        if accuracy > self.accuracy:
+            self.accuracy, self.without_rise = accuracy, 0
+            # Tied weights have two names and are kept once.
+            self.weights = {name: part.detach().clone() for name, part in self._model.named_parameters()}
             self._curve.kept_step = state.global_step
         else:
-            self._without_rise += 1
-            control.should_training_stop = self._without_rise >= self._settings.patience
+            self.without_rise += 1
+            control.should_training_stop = self.without_rise >= self._settings.patience
 
     def restore(self) -> None:
-        self._model.load_state_dict(self._best)
+        self._model.load_state_dict(self.weights, strict=False)
 
     def _accuracy(self) -> float:
         self._model.eval()
@@ -254,9 +316,9 @@ class _Learner:
         self._decoder: tuple[tuple[str, int, int], HfDecoder] | None = None  # what it was made from, and the decoder
 
     def fit(self, source: str, target: str, data: TrainingSet, settings: TrainSettings, seed: int,
-            check: DevCheck | None = None) -> Curve:  # fmt: skip
+            check: DevCheck | None = None, resume: str | None = None) -> Curve:  # fmt: skip
         self._curve, self._decoder = Curve(), None  # its memory is the training's
-        return fit(Path(source), Path(target), data, settings, seed, self._curve, check)
+        return fit(Path(source), Path(target), data, settings, seed, self._curve, check, Path(resume) if resume else None)
 
     def probe(self, folder: str, rows: Sequence[ProbeRow]) -> list[tuple[float, ...]]:
         return probe(Path(folder), rows)

@@ -44,28 +44,31 @@ class Example:
     """Tokens it takes in a row."""
     undos: int
     """Most undos of any of its traces."""
+    numbers: tuple[int, ...] = ()
+    """Where its traces stand among those of the training set."""
 
 
 def examples_of(data: TrainingSet, row_tokens: int) -> tuple[list[Example], int]:
     """Examples that fit into a row, and how many traces are left out because they do not."""
-    by_prompt: dict[tuple[object, int], list[Trace]] = {}
+    by_prompt: dict[tuple[object, int], list[int]] = {}
     joins = data.together and data.form.context == "rewind"
     for number, trace in enumerate(data.traces):
         # What shares a tree has as many undos where a schedule may leave some out.
         key = (trace.ids[: trace.prompt_length], _undos(trace) if data.most_undos else 0) if joins else (number, 0)
-        by_prompt.setdefault(key, []).append(trace)
+        by_prompt.setdefault(key, []).append(number)
     fitting: list[Example] = []
     left_out = 0
     waiting = [tuple(group) for group in reversed(by_prompt.values())]
     while waiting:
-        group = waiting.pop()
+        numbers = waiting.pop()
+        group = tuple(data.traces[number] for number in numbers)
         tokens = _tokens(group, data)
         if tokens <= row_tokens:
-            fitting.append(Example(group, tokens, max(map(_undos, group))))
+            fitting.append(Example(group, tokens, max(map(_undos, group)), numbers))
         elif len(group) == 1:
             left_out += 1
         else:
-            waiting += [group[len(group) // 2 :], group[: len(group) // 2]]
+            waiting += [numbers[len(group) // 2 :], numbers[: len(group) // 2]]
     return fitting, left_out
 
 
@@ -136,7 +139,8 @@ def collate(rows: Sequence[Sequence[Example]], data: TrainingSet, pad_id: int, r
     """Tensors of one batch.
 
     input_ids and position_ids [rows, tokens], attention_mask [rows, 1, tokens, tokens], and for each place with a target, every
-    distinct (place, target) once: row, column, target, weight (summed over the actions it stands for) [targets].
+    distinct (place, target) once: row, column, target, weight (summed over the actions it stands for), ends_run (what is taught is
+    not to emit the target) [targets]. Also numbers [traces], to name what a batch was made of.
     """
     laid: list[list[Segment]] = [
         [segment for example in row for segment in segments(example.traces, data.rule, data.targets, data.form)] for row in rows
@@ -156,4 +160,5 @@ def collate(rows: Sequence[Sequence[Example]], data: TrainingSet, pad_id: int, r
         "target": places[2],
         "weight": weight,
         "ends_run": places[3].bool(),
+        "numbers": torch.tensor([number for row in rows for example in row for number in example.numbers]),
     }

@@ -66,14 +66,16 @@ class Workers:
         seed: int,
         on_progress: Callable[[Curve], None],
         check: DevCheck | None = None,
+        resume: Path | None = None,
     ) -> Curve:
-        """Train the model of `source` in the learner actor and save it as `target`.
+        """Train the model of `source` in the learner actor and save it as `target`; `resume` is its folder for checkpoints.
 
         Raises:
             ClusterError: the learner died or could not be placed.
         """
         learner = self._ready_learner()
-        result = learner.fit.remote(str(source.resolve()), str(target.resolve()), data, settings, seed, check)
+        kept = str(resume.resolve()) if resume else None
+        result = learner.fit.remote(str(source.resolve()), str(target.resolve()), data, settings, seed, check, kept)
         while not ray.wait([result], timeout=_POLL_SECONDS)[0]:
             answer = learner.progress.remote()
             if ray.wait([answer, result], timeout=_POLL_SECONDS)[0] == [answer]:  # a busy learner answers at the next poll

@@ -134,6 +134,7 @@ class TrainSettings(Section):
     warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps that warm up; then cosine decay to 10 %.")
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW weight decay.")
     log_every: int = Field(20, ge=1, description="Steps between two points of the loss curve.")
+    checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints, from which a killed run goes on.")
 
 
 class BaseTraining(TrainSettings):

@@ -160,6 +160,8 @@ class Pipeline:
         module = importlib.import_module(f"pipeline.stages.{stage.name}")
         seed = self._settings.run.seed
         (self._store.root / ".tmp").mkdir(exist_ok=True)
+        resume = self._store.root / ".resume" / f"{round}-{stage.name}" / found.key[:16]
+        self._forget_checkpoints(resume)
         with (
             tempfile.TemporaryDirectory(dir=self._store.root / ".tmp") as scratch,
             self._store.write(round, stage.name, key=found.key, settings=found.settings, inputs=found.digests, seed=seed) as draft,
@@ -170,6 +172,7 @@ class Pipeline:
                     round=round,
                     out=draft.path,
                     scratch=Path(scratch),
+                    resume=resume,
                     counts=draft.counts,
                     inputs=found.folders,
                     digests=found.digests,
@@ -177,7 +180,14 @@ class Pipeline:
                     workers=workers,
                 )
             )
+        shutil.rmtree(resume.parent, ignore_errors=True)
         self._checked[round, stage.name] = None
+
+    def _forget_checkpoints(self, resume: Path) -> None:
+        """Remove what other settings or inputs have left of the same output: nothing goes on from there."""
+        for other in resume.parent.glob("*"):
+            if other != resume or self._selection.force:
+                shutil.rmtree(other)
 
     def _resolve(self, round: int, stage: Stage) -> Resolved:
         folders, digests = {}, {}

@@ -62,6 +62,7 @@ def _from_scratch(context: Context) -> None:
             settings.run.seed,
             lambda c: progress.update(c.step, _note(c.losses, c.checks)),
             check,
+            context.resume,
         )
         progress.update(curve.step, _note(curve.losses, curve.checks))
     if curve.left_out:

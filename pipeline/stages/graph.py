@@ -77,7 +77,7 @@ STAGES: tuple[Stage, ...] = (
         2,
         lambda round: (_PROBLEMS,),
         lambda s: {
-            "base": s.base.model_dump(mode="json"),
+            "base": s.base.model_dump(mode="json", exclude={"train": {"checkpoint_every"}}),
             "undo": s.undo.model_dump(mode="json", exclude={"unit"}),
             "seed": s.run.seed,
         },
@@ -114,7 +114,7 @@ STAGES: tuple[Stage, ...] = (
         2,
         lambda round: (_PROBLEMS, _model(round), *(Input(f"traces-{r}", r, "traces") for r in range(1, round + 1))),
         lambda s: {
-            "sft": s.sft.model_dump(mode="json"),
+            "sft": s.sft.model_dump(mode="json", exclude={"checkpoint_every"}),
             "replay": s.traces.replay,
             "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
             "prompt": s.base.prompt,

@@ -65,6 +65,7 @@ def _train(context: Context, name: str, data: TrainingSet, target: Path) -> Curv
             train,
             context.settings.run.seed,
             lambda c: progress.update(c.step, f"loss {c.losses[-1][1]:.3f}" if c.losses else ""),
+            resume=context.resume / name.replace("/", "-"),
         )
         progress.update(curve.step, f"loss {curve.losses[-1][1]:.3f}" if curve.losses else "")
     if curve.left_out:

@@ -38,6 +38,8 @@ class Context:
     """Empty folder to fill; put in place when the stage returns."""
     scratch: Path
     """Folder that is deleted when the stage returns."""
+    resume: Path
+    """Folder for checkpoints of this very output: it survives a killed run and is deleted when the output stands."""
     counts: dict[str, int]
     """Row counts for the manifest; `rows` is the one the summary shows."""
     inputs: Mapping[str, Path]

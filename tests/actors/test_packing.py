@@ -150,9 +150,9 @@ def test_traces_of_a_prompt_share_a_tree() -> None:
     """Prompt 5 2, solutions 1 0 and 1 6: 5 2 1 0 and a 6 beside the 0."""
     some = [solved((5, 2), (1, 0)), solved((5, 1), (1,)), solved((5, 2), (1, 6))]
     apart = TrainingSet(some, rule("token"), form=Form("rewind"))
-    assert examples_of(apart, 9) == ([Example((one,), len(one.ids), 0) for one in some], 0)
+    assert examples_of(apart, 9) == ([Example((one,), len(one.ids), 0, (n,)) for n, one in enumerate(some)], 0)
     joined = replace(apart, together=True)
-    assert examples_of(joined, 9)[0] == [Example((some[0], some[2]), 5, 0), Example((some[1],), 3, 0)]
+    assert examples_of(joined, 9)[0] == [Example((some[0], some[2]), 5, 0, (0, 2)), Example((some[1],), 3, 0, (1,))]
     assert examples_of(replace(joined, form=Form("soft")), 9) == examples_of(apart, 9)
 
 

@@ -1,0 +1,74 @@
+"""Checkpoints of a training under way, so that a killed run goes on from the last one and ends with the same weights, bit for bit.
+
+The trainer saves weights, optimiser, schedule and random states; this adds what it does not know (the curve, the best weights so
+far) and a mark without which a checkpoint counts for nothing: it is set last. The learner calls it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+KEPT = 2  # the newest one may be half-written when the run is killed
+_WHOLE = "whole.json"
+_TENSORS = "kept.safetensors"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a training knows beside the trainer's own state."""
+
+    values: dict[str, Any]
+    """JSON values."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Training(Protocol):
+    """What can be saved and restored."""
+
+    def snapshot(self) -> Snapshot: ...
+
+    def restore(self, snapshot: Snapshot) -> None: ...
+
+
+class Checkpoints(TrainerCallback):
+    """Completes each checkpoint of a trainer whose output folder is `folder`."""
+
+    def __init__(self, folder: Path, training: Training) -> None:
+        self._folder, self._training = folder, training
+
+    def resume(self) -> Path | None:
+        """Restore the newest whole checkpoint and remove the others; its folder, None where training begins anew."""
+        found = {int(path.name.split("-")[1]): path for path in self._folder.glob("checkpoint-*") if (path / _WHOLE).is_file()}
+        newest = found[max(found)] if found else None
+        for path in self._folder.glob("checkpoint-*"):
+            if path != newest:
+                shutil.rmtree(path)
+        if newest:
+            tensors = load_file(newest / _TENSORS) if (newest / _TENSORS).is_file() else {}
+            self._training.restore(Snapshot(json.loads((newest / _WHOLE).read_text()), tensors))
+        return newest
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= args.max_steps:
+            return  # nothing is left to be done from here on, and a trainer cannot resume at its end
+        path = self._folder / f"checkpoint-{state.global_step}"
+        snapshot = self._training.snapshot()
+        if snapshot.tensors:
+            save_file({name: tensor.contiguous() for name, tensor in snapshot.tensors.items()}, path / _TENSORS)
+        part = path / f"{_WHOLE}.part"
+        with part.open("w") as file:
+            json.dump(snapshot.values, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path / _WHOLE)
