@@ -144,23 +144,31 @@ class HfDecoder:
             cursor.take(token, logprob, alternative)
 
 
-def choose(logits_BV: Tensor, rows: Sequence[_Row], decoding: Decoding) -> Choices:
-    """The next id of every row: forced, U by the threshold, or the model's choice without the bans."""
+def restrict(logits_BV: Tensor, cursors: Sequence[Cursor], decoding: Decoding) -> tuple[Tensor, list[int]]:
+    """What may be chosen: logits with the bias, -inf where banned, and the ids that are certain, forced ones and U's that the
+    threshold decides; -1 where the model chooses."""
     device, undo_id = logits_BV.device, decoding.rule.undo_id
     if logits_BV.dtype not in (torch.float32, torch.float64):
         logits_BV = logits_BV.float()
-    picked = [-1 if row.cursor.forced is None else row.cursor.forced for row in rows]
+    picked = [-1 if cursor.forced is None else cursor.forced for cursor in cursors]
     if decoding.threshold is not None and decoding.mode != "forbidden":
         p_undo = torch.exp(logits_BV[:, undo_id] - logits_BV.logsumexp(-1)).tolist()
-        for index, row in enumerate(rows):
-            if picked[index] < 0 and row.cursor.decides(p_undo[index]):
+        for index, cursor in enumerate(cursors):
+            if picked[index] < 0 and cursor.decides(p_undo[index]):
                 picked[index] = undo_id
     logits_BV = logits_BV.clone()  # the model's output is not ours to write to
     if decoding.undo_bias:
         logits_BV[:, undo_id] += decoding.undo_bias
-    banned = [(index, token) for index, row in enumerate(rows) for token in row.cursor.banned()]
+    banned = [(index, token) for index, cursor in enumerate(cursors) for token in cursor.banned()]
     if banned:
         logits_BV[tuple(torch.tensor(banned, device=device).T)] = -torch.inf
+    return logits_BV, picked
+
+
+def choose(logits_BV: Tensor, rows: Sequence[_Row], decoding: Decoding) -> Choices:
+    """The next id of every row: forced, U by the threshold, or the model's choice without the bans."""
+    device, undo_id = logits_BV.device, decoding.rule.undo_id
+    logits_BV, picked = restrict(logits_BV, [row.cursor for row in rows], decoding)
     norm_B = logits_BV.logsumexp(-1)
 
     if decoding.temperature == 0:

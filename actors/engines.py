@@ -15,8 +15,10 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import AutoModelForCausalLM
 
+from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import EngineSettings
 
+_UNDO_PROCESSOR = "actors.decode_vllm:UndoProcessor"  # by name: its module needs vLLM to be imported
 _PROBES = 16  # random prompts whose next token is compared after weights were loaded
 _PREFILL_TOKENS = 8192  # prompts of one vLLM step; without chunked prefill it must hold the longest one
 
@@ -132,6 +134,9 @@ class VllmEngine:
             enable_chunked_prefill=torch.cuda.is_available(),
             max_num_batched_tokens=max(context, _PREFILL_TOKENS),
             disable_log_stats=True,
+            # Decoding with undo looks at each row's ids before the next step, so steps cannot be scheduled ahead.
+            logits_processors=[_UNDO_PROCESSOR],
+            async_scheduling=False,
             seed=seed,
             skip_tokenizer_init=True,
         )
@@ -157,6 +162,12 @@ class VllmEngine:
         prompts: Any = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         return [_from_vllm(output.outputs[0], sampling.stop_id) for output in outputs]
+
+    def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding) -> list[Decoded]:
+        """Decode with undo; one result a request, in the order of the requests."""
+        from actors.decode_vllm import VllmDecoder
+
+        return VllmDecoder(self._llm, self._llm.llm_engine.model_config.get_vocab_size()).decode(requests, decoding)
 
     def load_weights(self, folder: Path) -> None:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})

@@ -1,0 +1,91 @@
+"""Real vLLM with undo gives what the rewinding cache of transformers gives: ids, log-probabilities, bans and caps."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from actors.decode import HfDecoder
+from actors.engines import Request, Sampling, VllmEngine
+from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
+from pipeline.backtrack.undo import UndoRule, apply_undo
+from pipeline.config import EngineSettings
+
+U, END, STOP, VOCABULARY, CONTEXT = 40, 3, 1, 64, 128
+vllm = pytest.importorskip("vllm")
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """vLLM and transformers with the same weights, which are far from zero: every difference in the context shows."""
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=0.2,
+            bos_token_id=None, eos_token_id=STOP, pad_token_id=0, **size,
+        )
+    ).eval()  # fmt: skip
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return VllmEngine(Path(folder), EngineSettings(max_num_seqs=32), CONTEXT, 0), HfDecoder(model, 32, CONTEXT)
+
+
+def decoding(unit: Any, **more: Any) -> Decoding:
+    how: dict[str, Any] = {"mode": "rewind", "temperature": 0.0, "top_p": 1.0, "max_tokens": 40, "threshold": 0.03}
+    return Decoding(stop_id=STOP, rule=UndoRule(U, unit, frozenset({END, 9, 17})), **how | more)
+
+
+def requests(count: int, longest: int = 30) -> list[DecodeRequest]:
+    rng = random.Random(count)
+    ids = [token for token in range(2, VOCABULARY) if token != U]
+    prompts = [tuple(rng.choices(ids, k=rng.randint(1, longest))) for _ in range(count)]
+    return [DecodeRequest(prompt, seed) for seed, prompt in enumerate(prompts)]
+
+
+def agree(found: list[Decoded], wanted: list[Decoded]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.ids, one.surviving, one.banned, one.finish) == (other.ids, other.surviving, other.banned, other.finish)
+        torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("mode", ["rewind", "soft", "forbidden"])
+@pytest.mark.parametrize(
+    ("unit", "rewinding"), [("step", "immediate"), ("all", "immediate"), ("token", "immediate"), ("token", "deferred")]
+)
+def test_the_same_as_transformers(engines: tuple[Any, Any], unit: str, rewinding: str, mode: str) -> None:
+    """More requests than slots, prompts of 1 to 30 tokens."""
+    vllm_engine, hf = engines
+    asked = decoding(unit, rewinding=rewinding, mode=mode)
+    wanted = hf.decode(requests(60), asked)
+    agree(vllm_engine.decode(requests(60), asked), wanted)
+    if mode != "forbidden":
+        assert sum(one.undos > 0 for one in wanted) > 20 and any(one.undos > 2 for one in wanted)
+
+
+def test_forced_beginnings_caps_and_no_bans(engines: tuple[Any, Any]) -> None:
+    vllm_engine, hf = engines
+    forced = [DecodeRequest(one.prompt_ids, one.seed, (5, 6, U, 7)) for one in requests(30)]
+    for asked in (decoding("step"), decoding("all", max_undos=2), decoding("token", max_undos_per_state=1, ban_tried=False)):
+        agree(vllm_engine.decode(forced, asked), hf.decode(forced, asked))
+
+
+def test_sampling_ends_and_depends_on_the_seed_alone(engines: tuple[Any, Any]) -> None:
+    vllm_engine, _ = engines
+    asked = decoding("step", temperature=1.0, threshold=None, undo_bias=2.0, max_tokens=30)
+    some = requests(40)
+    first = vllm_engine.decode(some, asked)
+    assert all(1 <= len(one.ids) <= 30 and apply_undo(one.ids, asked.rule).surviving == one.surviving for one in first)
+    assert sum(one.undos for one in first) > 20
+    assert [one.ids for one in vllm_engine.decode(some[::-1], asked)][::-1] == [one.ids for one in first]
+
+
+def test_other_requests_of_the_engine_are_left_alone(engines: tuple[Any, Any]) -> None:
+    vllm_engine, hf = engines
+    plain = vllm_engine.generate([Request(one.prompt_ids, 0) for one in requests(20)], Sampling(0.0, 1.0, 40, STOP, (U,)))
+    assert [one.token_ids for one in plain] == [one.ids for one in hf.decode(requests(20), decoding("step", mode="forbidden"))]
