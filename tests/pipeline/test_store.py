@@ -377,9 +377,9 @@ import os, sys, time
 from pathlib import Path
 from pipeline.store import RunLock
 with RunLock(Path(sys.argv[1])):
-    child = os.fork() if len(sys.argv) > 2 else 1
-    if child:
-        print(child, flush=True)
+    forks = len(sys.argv) > 2
+    if not forks or os.fork() == 0:
+        print(os.getpid(), flush=True)  # a child prints only when it has run what follows a fork in it
     time.sleep(600)
 """
 
