@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
-from hypothesis import event, given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
-from pipeline.backtrack.trace import Role, Trace, build_trace
+from pipeline.backtrack.trace import Role, build_trace
 from pipeline.backtrack.undo import Unit, apply_undo
 from pipeline.config import TraceSettings, UndoSettings
-from pipeline.stages.base import train_tokenizer
 from pipeline.stages.io import Codec
 from pipeline.stages.sources import (
     Candidate,
@@ -32,266 +25,20 @@ from pipeline.stages.sources import (
     own_errors,
     random_errors,
     searched_errors,
-    sort_rollouts,
 )
 from pipeline.stages.stage import StageError
-from pipeline.tasks.problem import Problem
-
-UNITS: list[Unit] = ["token", "step", "all"]
-PROMPT = "{question}\n"
-LINE_1, LINE_2, LAST = "Ana has 3+4=<<3+4=7>>7 apples.", "She pays 7*2=<<7*2=14>>14 dollars.", "#### 14"
-QUESTION = "Ana has 3 apples and buys 4. Each costs 2 dollars. What does she pay?"
-
-
-def problem(number: int = 0, split: str = "train", **more: str) -> Problem:
-    asked = {"question": QUESTION, "solution": f"{LINE_1}\n{LINE_2}\n{LAST}", "answer": "14"} | more
-    return Problem(f"gsm8k/{split}/{number}", split, "gsm8k", False, **asked)
-
-
-# ---- tokenizers ----
-
-CORPUS = [f"{QUESTION}\n{LINE_1}\n{LINE_2}\n{LAST}", "naive Ana pays 12 = 3 * 4 dollars.\nShe has x = 12.\nAna pays x."] * 4
-
-
-def byte_level() -> PreTrainedTokenizerFast:
-    return train_tokenizer(CORPUS, 320)
-
-
-def pieces(newlines: bool) -> PreTrainedTokenizerFast:
-    """As sentencepiece makes them for Llama 2: words begin with ▁, what is not in the vocabulary is spelt in bytes.
-
-    Args:
-        newlines: line breaks are characters like any other, so that tokens may hold one in their middle; else they are bytes.
-    """
-    texts = CORPUS if newlines else [line for text in CORPUS for line in text.split("\n")]
-    learnt = Tokenizer(models.BPE())
-    words = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Digits(individual_digits=True)]
-    )
-    learnt.pre_tokenizer = words
-    special = ["<unk>", "<s>", "</s>"]
-    learnt.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=150, special_tokens=special, show_progress=False))
-    model = json.loads(learnt.to_str())["model"]
-    vocabulary = dict(model["vocab"])
-    for byte in range(256):
-        vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
-    merges = [tuple(merge) for merge in model["merges"]]
-    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    bpe.pre_tokenizer = words
-    bpe.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", eos_token="</s>")
-
-
-TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-    "bytes": byte_level,
-    "pieces": lambda: pieces(newlines=False),
-    "pieces over lines": lambda: pieces(newlines=True),
-}
-
-
-@pytest.fixture(scope="module")
-def codecs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Codec]:
-    made: dict[tuple[str, Unit], Codec] = {}
-    folders: dict[str, Path] = {}
-
-    def codec(name: str = "bytes", unit: Unit = "step") -> Codec:
-        if name not in folders:
-            folders[name] = tmp_path_factory.mktemp("tokenizer")
-            tokenizer = TOKENIZERS[name]()
-            tokenizer.add_tokens([UndoSettings().token], special_tokens=True)
-            tokenizer.save_pretrained(folders[name])
-        if (name, unit) not in made:
-            made[name, unit] = Codec(folders[name], UndoSettings(unit=unit), PROMPT)
-        return made[name, unit]
-
-    return codec
-
-
-def bytes_of(codec: Codec, ids: Ids) -> list[bytes]:
-    """What each token stands for, read off the vocabulary."""
-    tokens = codec.tokenizer.convert_ids_to_tokens(list(ids))
-    if "<0x0A>" not in codec.tokenizer.get_vocab():
-        alphabet = {char: byte for byte, char in _byte_alphabet().items()}
-        return [bytes(alphabet[char] for char in token) for token in tokens]
-    found = []
-    for place, token in enumerate(tokens):
-        if re.fullmatch("<0x[0-9A-F]{2}>", token):
-            found.append(bytes([int(token[3:5], 16)]))
-        else:
-            text = token.replace("▁", " ")
-            found.append((text.removeprefix(" ") if place == 0 else text).encode())
-    return found
-
-
-def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's table: printable bytes stand for themselves, the others for characters from 256 on."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + at) for at, byte in enumerate(rest)}
-
-
-# ---- judged rollouts ----
-
-
-def verdict_of(text: str, start: int, end: int, wrong: Sequence[tuple[int, int]], **more: Any) -> dict[str, Any]:
-    """As the judge writes it: the wrong step is text[start:end], `wrong` counts from its first character."""
-    spans, at = [], 0
-    for line in text.split("\n"):
-        spans.append([at, at + len(line)])
-        at += len(line) + 1
-    return {
-        "problem": problem().id, "correct": False, "steps": spans, "error_step": text.count("\n", 0, start),
-        "error_kind": "copy", "try_start": start, "try_text": text[start:end], "try_wrong": [list(span) for span in wrong],
-        "try_own": True, "continuation": [],
-    } | more  # fmt: skip
-
-
-def rollout_of(codec: Codec, name: str, ids: Ids, **more: Any) -> dict[str, Any]:
-    row = {"id": name, "token_ids": list(ids), "prompt_ids": list(codec.prompt_ids(problem())), "finish": "stop", "hot": False}
-    return row | more
-
-
-Row = tuple[dict[str, Any], dict[str, Any]]
-
-
-def wrong_row(codec: Codec, name: str, before: str, line: str, mark: str, after: str = "", hot: bool = False, **more: Any) -> Row:
-    """A rollout that goes wrong in `line`, at the first place where it holds `mark`."""
-    at = line.index(mark)
-    text = before + line + after
-    verdict = verdict_of(text, len(before), len(before) + len(line), [(at, at + len(mark))], **more)
-    return verdict, rollout_of(codec, name, codec.solution_ids(text), hot=hot)
-
-
-def right_row(codec: Codec, name: str, text: str, **more: Any) -> Row:
-    verdict = {"problem": problem().id, "correct": True, "error_step": -1} | more
-    return verdict, rollout_of(codec, name, codec.solution_ids(text))
-
-
-def sorted_rows(codec: Codec, *rows: Row, problems: Sequence[Problem] = (problem(),)) -> Judged:
-    verdicts, rollouts = zip(*rows, strict=True)
-    return sort_rollouts(verdicts, rollouts, {one.id: one for one in problems}, codec)
-
-
-def surviving(one: Candidate, codec: Codec) -> Ids:
-    start = one.trace.prompt_length
-    return apply_undo(one.trace.ids[start:], codec.rule).surviving
-
-
-def role_text(trace: Trace, codec: Codec, *roles: Role) -> str:
-    return codec.decode([token for token, role in zip(trace.ids, trace.roles, strict=True) if role in roles]).text
-
-
-# ---- where a rollout is cut ----
-
-words = st.sampled_from(["Ana", "pays", "3+4=7", "12", "é", "naïve", "日本", "🍎", "🍎🍎", "=", "x.", "She", "本日は"])
-lines = st.lists(words, min_size=1, max_size=4).map(" ".join)
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-@settings(deadline=None, max_examples=120)
-@given(st.data())
-def test_a_rollout_is_cut_at_token_borders(name: str, codecs: Callable[..., Codec], data: st.DataObject) -> None:
-    """Prefix, try and what followed are the rollout's own ids; errors are the tokens that hold a byte of what is marked."""
-    codec = codecs(name)
-    text_lines = data.draw(st.lists(lines, min_size=1, max_size=4))
-    text_lines[1:] = [data.draw(st.sampled_from(["", "", " "])) + line for line in text_lines[1:]]
-    text = "\n".join(text_lines)
-    step = data.draw(st.integers(0, len(text_lines) - 1))
-    start = sum(len(line) + 1 for line in text_lines[:step])
-    line = text_lines[step]
-    cuts = sorted(data.draw(st.sets(st.integers(0, len(line)), min_size=2, max_size=4))) if len(line) > 3 else [0, len(line)]
-    marked = list(zip(cuts[::2], cuts[1::2], strict=False))
-    ids = codec.encode(text)
-    if name == "bytes" and data.draw(st.booleans()):  # as a model may write it, unlike the tokenizer
-        at = sorted(data.draw(st.sets(st.integers(1, len(text)), max_size=5)) | {0, len(text)})
-        ids = tuple(token for first, last in itertools.pairwise(at) for token in codec.encode(text[first:last]))
-    ended = (*ids, codec.stop_id) if data.draw(st.booleans()) else ids
-    held = bytes_of(codec, ids)
-    assert b"".join(held).decode() == text
-    ends = list(itertools.accumulate(map(len, held), initial=0))
-    found = locate(verdict_of(text, start, start + len(line), marked), rollout_of(codec, "r", ended, hot=True), problem(), codec)
-    from_byte, to_byte = (len(text[:at].encode()) for at in (start, start + len(line)))
-    if from_byte not in ends or to_byte not in ends:
-        event("inside a token")
-        assert found is None
-        return
-    event("located")
-    assert found is not None
-    first, tried = len(found.prefix), len(found.wrong_try.ids)
-    assert found.prefix + found.wrong_try.ids + found.continued == ids
-    assert (ends[first], ends[first + tried]) == (from_byte, to_byte)
-    wrong_bytes = {
-        byte
-        for low, high in marked
-        for byte in range(len(text[: start + low].encode()), len(text[: start + high].encode()))
-    }  # fmt: skip
-    for at, is_wrong in enumerate(found.wrong_try.wrong, start=first):
-        own = set(range(ends[at], ends[at + 1]))
-        assert not own or is_wrong == bool(own & wrong_bytes)
-    assert (found.rollout, found.kind, found.hot, found.prompt) == ("r", "copy", True, codec.prompt_ids(problem()))
-
-
-@pytest.mark.parametrize("name", ["bytes", "pieces"])
-@pytest.mark.parametrize("first", ["🍎", "日本", "é"])
-def test_a_wrong_step_that_begins_with_a_character_of_several_tokens(name: str, first: str, codecs: Callable[..., Codec]) -> None:
-    codec = codecs(name)
-    before, line = "Ana pays.\n", f"{first} pays 7."
-    ids = codec.encode(f"{before}{line}\nx")
-    verdict = verdict_of(f"{before}{line}\nx", len(before), len(before) + len(line), [(0, len(first))])
-    found = locate(verdict, rollout_of(codec, "r", ids), problem(), codec)
-    assert found is not None
-    assert b"".join(bytes_of(codec, found.prefix)).decode() == codec.decode(found.prefix).text == before
-    assert found.prefix + found.wrong_try.ids == ids[: len(found.prefix) + len(found.wrong_try.ids)]
-    wrong = [token for token, is_wrong in zip(found.wrong_try.ids, found.wrong_try.wrong, strict=True) if is_wrong]
-    assert len(wrong) > 1 and codec.decode((*codec.encode("x"), *wrong)).text == f"x{first}"
-
-
-def test_a_border_inside_a_token(codecs: Callable[..., Codec]) -> None:
-    codec = codecs("pieces over lines")
-    text = f"{LINE_1}\n{LINE_2}"
-    ids = codec.encode(text)
-    assert any(b"\n" in held and not held.endswith(b"\n") for held in bytes_of(codec, ids)), "a token that spans the line break"
-    verdict = verdict_of(text, len(LINE_1) + 1, len(text), [(0, 3)])
-    assert locate(verdict, rollout_of(codec, "r", ids), problem(), codec) is None
-    judged = sorted_rows(codec, (verdict, rollout_of(codec, "r", ids)))
-    assert judged.dropped == {"inside_a_token": 1} and not judged.wrong
-    assert judged.wholly_wrong[problem().id] == [("r", ids)]
-
-
-@pytest.mark.parametrize("name", ["bytes", "pieces"])
-@pytest.mark.parametrize("step", [0, 1])
-def test_a_recomputed_try_reads_on_from_its_prefix(name: str, step: int, codecs: Callable[..., Codec]) -> None:
-    """The ids of the prefix are the rollout's own; the recomputed text behind them adds no character to it."""
-    codec = codecs(name)
-    own = [LINE_1.replace("3+4", "3+5"), LINE_2.replace("7*2", "7*3")][step]
-    before = ["", LINE_1 + "\n"][step]
-    recomputed = [own.replace("7>>7", "8>>8"), own.replace("14>>14", "21>>21")][step]
-    decision = own.index(["5", "3"][step])
-    text = f"{before}{own}\n{LAST}"
-    verdict = verdict_of(text, len(before), len(before) + len(own), [(decision, decision + 1)])
-    verdict |= {"try_own": False, "try_text": recomputed}
-    ids = codec.encode(text)
-    found = locate(verdict, rollout_of(codec, "r", ids), problem(), codec)
-    assert found is not None and found.continued == ()
-    assert found.prefix == ids[: len(found.prefix)] and codec.decode(found.prefix).text == before
-    assert codec.decode(found.prefix + found.wrong_try.ids).text == before + recomputed
-    marked = [token for token, wrong in zip(found.wrong_try.ids, found.wrong_try.wrong, strict=True) if wrong]
-    assert [held.strip() for held in bytes_of(codec, (ids[0], *marked))[1:]] == [["5", "3"][step].encode()]
-
-
-@pytest.mark.parametrize("name", ["bytes", "pieces"])
-@pytest.mark.parametrize("unit", UNITS)
-def test_the_gold_solution_reads_on_from_the_models_words(name: str, unit: Unit, codecs: Callable[..., Codec]) -> None:
-    codec = codecs(name, unit)
-    for before, line, mark in (("", LINE_1.replace("3+4", "3+5"), "5"), (LINE_1 + "\n", LINE_2.replace("7*2", "7*3"), "3")):
-        judged = sorted_rows(codec, wrong_row(codec, "r", before, line, mark, f"\n{LAST}"))
-        (one,) = own_errors(judged, False, TraceSettings(), codec, 0)
-        assert one.correction == "gold"
-        assert codec.decode(surviving(one, codec)).text == problem().solution
-        assert surviving(one, codec)[-1] == codec.stop_id
-
+from tests.pipeline.judged import (
+    LAST,
+    LINE_1,
+    LINE_2,
+    UNITS,
+    problem,
+    right_row,
+    role_text,
+    sorted_rows,
+    surviving,
+    wrong_row,
+)
 
 # ---- sorting ----
 
