@@ -175,12 +175,18 @@ class ActorResources(Section):
     threads: int = Field(0, ge=0, le=1024, description="Threads of one actor; 0 shares the node's cores among the actors.")
 
 
+class SmallActorResources(ActorResources):
+    """A learner or judge beside a rollout actor: both fit on the two cores of the smallest machine."""
+
+    cpus: float = Field(0.5, ge=0, le=1024, description="CPUs that Ray reserves for one actor.")
+
+
 class ClusterSettings(Section):
     address: str | None = Field(None, description="Ray address; null joins RAY_ADDRESS or starts Ray on this machine.")
     rollout_actors: int = Field(1, ge=1, le=4096, description="Rollout actors, each with an engine.")
     rollout: ActorResources = Field(ActorResources(), description="Resources of one rollout actor.")
-    learner: ActorResources = Field(ActorResources(cpus=0.5), description="Resources of the learner.")
-    judge: ActorResources = Field(ActorResources(cpus=0.5), description="Resources of one judge task.")
+    learner: SmallActorResources = Field(SmallActorResources(), description="Resources of the learner.")
+    judge: SmallActorResources = Field(SmallActorResources(), description="Resources of one judge task.")
     start_timeout: int = Field(300, ge=5, le=86_400, description="Seconds to wait for an actor to be placed and ready.")
 
 

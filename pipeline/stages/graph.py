@@ -71,7 +71,7 @@ def _judge_settings(settings: Settings) -> dict[str, Any]:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("problems", 2, lambda round: (), _problem_settings, per_round=False),
+    Stage("problems", 3, lambda round: (), _problem_settings, per_round=False),
     Stage(
         "base",
         2,

@@ -183,7 +183,7 @@ def _sample_parts(rng: random.Random, steps: int) -> dict[str, Any]:
 
 
 def _draw_extra(rng: random.Random, steps: int) -> dict[str, list[int]]:
-    """Follow-up numbers, so that a hindsight problem has about as many steps as asked: a try is worth three or four."""
+    """Follow-up numbers, so that a hindsight problem has about as many steps as asked: a try is worth three to five."""
     return {"extra": [rng.randint(2, 9) for _ in range(max(0, steps - 4))]}
 
 
@@ -241,10 +241,12 @@ def _sample_legs(rng: random.Random, steps: int) -> dict[str, Any]:
 def _try_legs(p: Params, choice: int) -> str:
     many, high, few, low = ANIMALS[p.animals]
     heads, legs = p.x + p.y, p.x * high + p.y * low
-    other = max(heads - choice, 0)  # where none are left for the others, the legs of the first are too many by themselves
-    part, others = choice * high, other * low
-    text = f"Try {choice} {many} and {other} {few}: {equation(f'{choice}*{high}', part)}, "
-    rest = legs - part
+    other, part = heads - choice, choice * high
+    text = f"Try {choice} {many}: "
+    if other <= 0:
+        return text + f"<<{heads}-{choice}="
+    text += f"{equation(f'{heads}-{choice}', other)} {few}, {equation(f'{choice}*{high}', part)}, "
+    rest, others = legs - part, other * low
     if rest <= 0:
         return text + f"<<{legs}-{part}="
     text += f"{equation(f'{legs}-{part}', rest)}, {equation(f'{other}*{low}', others)}, "

@@ -165,9 +165,9 @@ def test_ood_problems_are_longer(few: list[int], many: list[int]) -> None:
         inside = [steps(problem) for problem in mine if problem.split != "ood"]
         outside = [steps(problem) for problem in mine if problem.split == "ood"]
         assert inside and outside and max(inside) < min(outside), family
-        if not mine[0].hindsight:  # a try is worth three or four steps, whatever is asked
+        if not mine[0].hindsight:  # a try is worth three to five steps, whatever is asked
             assert few[0] <= min(inside) and max(inside) <= few[1] and many[0] <= min(outside), family
-        assert max(outside) <= many[1], family
+        assert max(outside) <= many[1] + (family == "legs"), family  # its try is one longer than extra steps are counted from
 
 
 def test_ood_problems_too_short_to_be_any() -> None:
