@@ -283,6 +283,9 @@ class LoraSettings(Section):
 
 
 class SftSettings(TrainSettings):
+    init: Literal["previous", "base"] = Field(
+        "previous", description="Each round trains the newest accepted model, or the base model again on all that replay kept."
+    )
     form: Literal["soft", "hard", "rewind"] = Field("rewind", description="What the model sees of deleted tokens.")
     rewinding: Literal["deferred", "immediate"] = Field("deferred", description="Unit token, rewind: undos act as a run, or each.")
     hide_undos: bool = Field(False, description="Form hard: nothing sees an undo token but itself.")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.config import Settings, dump_settings
 from pipeline.stages.graph import MODEL, NAMES, steps
 from pipeline.stages.stage import Context, Input, Stage, StageError
-from pipeline.store import Store, stage_key
+from pipeline.store import MANIFEST, Store, stage_key
 from pipeline.telemetry import StageLine, Terminal
 
 if TYPE_CHECKING:
@@ -109,15 +109,40 @@ class Pipeline:
         return lines
 
     def publish(self) -> Path | None:
-        """Put the newest report beside the rounds; its path, or None when there is none."""
-        source = self._store.path(self._settings.run.rounds, "report")
-        if self._store.manifest(self._settings.run.rounds, "report") is None:
+        """Put the newest report and the newest accepted model beside the rounds; the report's path, or None when there is none."""
+        rounds = self._settings.run.rounds
+        source, manifest = self._store.path(rounds, "report"), self._store.manifest(rounds, "report")
+        if manifest is None:
             return None
         for name in ("report.html", "metrics.json"):
             part = self._store.root / f".{name}.part"
             shutil.copyfile(source / name, part)
             part.replace(self._store.root / name)
+        self._export_model(source, manifest.digest)
         return self._store.root / "report.html"
+
+    def _export_model(self, report: Path, digest: str) -> None:
+        """`model/`: a copy of the newest accepted model with its card, to be used, moved and changed without harm to the run."""
+        place = self._start_model(Input(MODEL, self._settings.run.rounds + 1, MODEL), set())
+        manifest = self._store.manifest(*place) if place else None
+        if place is None or manifest is None:
+            return
+        target, made_from = self._store.root / MODEL, f"{manifest.digest}\n{digest}\n"
+        mark = self._store.root / f".{MODEL}.made-from"
+        if target.is_dir() and mark.is_file() and mark.read_text() == made_from:
+            return
+        mark.unlink(missing_ok=True)
+        part = self._store.root / f".{MODEL}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        for file in self._store.path(*place).iterdir():
+            if file.is_file() and file.name not in (MANIFEST, "curve.json"):
+                shutil.copyfile(file, part / file.name)
+        for name in ("README.md", "retract.json"):
+            shutil.copyfile(report / name, part / name)
+        shutil.rmtree(target, ignore_errors=True)
+        part.rename(target)
+        mark.write_text(made_from)
 
     def _workers(self) -> Workers:
         from actors.workers import Workers  # torch and ray are needed from here on: a run that reuses all never waits for them

@@ -116,6 +116,29 @@ def test_models_are_ordinary_folders_with_the_undo_row_trained(finished: tuple[P
     assert len({tensor.shape for tensor in weights.values()}) == 1
 
 
+def test_the_newest_accepted_model_stands_beside_the_rounds_with_its_card(finished: tuple[Path, str]) -> None:
+    store, exported = Store(finished[0] / "smoke"), finished[0] / "smoke" / "model"
+    accepted = json.loads((store.path(1, "evaluate") / "metrics.json").read_text())["accepted"]
+    made = AutoModelForCausalLM.from_pretrained(store.path(1, "sft") if accepted else store.path(0, "base")).state_dict()
+    found = AutoModelForCausalLM.from_pretrained(exported)
+    assert all(made[name].equal(tensor) for name, tensor in found.state_dict().items())
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    assert found.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert found.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert sorted(file.name for file in exported.iterdir() if file.suffix == ".json" or file.is_dir()) == [
+        "config.json",
+        "generation_config.json",
+        "retract.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    usage = json.loads((exported / "retract.json").read_text())
+    assert usage["undo_token"] in tokenizer.get_vocab() and usage["decode"]["threshold"] == 0.001
+    card = (exported / "README.md").read_text()
+    assert "| sft | rewind | all | 16 |" in card and "sft-1" in card
+    assert ("None of 1 rounds was accepted" in card) != accepted
+
+
 def test_report_and_metrics_stand_beside_the_rounds(finished: tuple[Path, str]) -> None:
     folder = finished[0] / "smoke"
     metrics = json.loads((folder / "metrics.json").read_text())

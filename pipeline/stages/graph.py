@@ -13,6 +13,7 @@ MODEL = "model"
 """Stands for the newest accepted model before a round: an earlier round's sft output, or base."""
 
 _PROBLEMS = Input("problems", 0, "problems")
+_BASE = Input("base", 0, "base")
 
 
 def _model(round: int) -> Input:
@@ -112,7 +113,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "sft",
         2,
-        lambda round: (_PROBLEMS, _model(round), *(Input(f"traces-{r}", r, "traces") for r in range(1, round + 1))),
+        lambda round: (_PROBLEMS, _BASE, _model(round), *(Input(f"traces-{r}", r, "traces") for r in range(1, round + 1))),
         lambda s: {
             "sft": s.sft.model_dump(mode="json", exclude={"checkpoint_every"}),
             "replay": s.traces.replay,
@@ -136,10 +137,10 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "report",
-        1,
+        2,
         lambda round: (
             _PROBLEMS,
-            Input("base", 0, "base"),
+            _BASE,
             *(
                 Input(f"{name}-{r}", r, name)
                 for r in range(1, round + 1)

@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset
 from omegaconf import OmegaConf
 
+from pipeline.card import model_card, usage
 from pipeline.config import Settings
 from pipeline.report import CountTable, JudgedShown, Line, Page, Plot, Shown, ShownGroup, pieces, render, tabulate
 from pipeline.stages.io import Codec, read_problems, read_rows, write_json
@@ -64,6 +65,10 @@ def run(context: Context) -> None:
             versions=_versions(),
         )
         (context.out / "report.html").write_text(render(page), encoding="utf-8")
+        accepted = any(one["accepted"] for one in metrics["rounds"])
+        card = model_card(settings, metrics, "sft" if accepted else "base")
+        (context.out / "README.md").write_text(card, encoding="utf-8")
+        (context.out / "retract.json").write_text(usage(settings), encoding="utf-8")
         context.counts["rows"] = sum(len(group.rollouts) for group in groups)
         progress.update(context.counts["rows"])
 

@@ -38,6 +38,11 @@ def run(context: Context) -> None:
         context.counts.update(control_rows=len(clean), control_steps=control.step, control_tokens=control.tokens)
 
 
+def start(context: Context) -> Path:
+    """The model folder that training starts from."""
+    return context.inputs["base" if context.settings.sft.init == "base" else "model"]
+
+
 def _trace(row: dict[str, Any]) -> Trace:
     return Trace(tuple(row["input_ids"]), tuple(row["roles"]))
 
@@ -59,7 +64,7 @@ def _train(context: Context, name: str, data: TrainingSet, target: Path) -> Curv
     train = context.settings.sft
     with context.terminal.stage(name, train.steps, "steps") as progress:
         curve = context.workers.fit(
-            context.inputs["model"],
+            start(context),
             target,
             data,
             train,

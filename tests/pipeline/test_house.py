@@ -15,7 +15,7 @@ FLOORS = {
     "verifiers": 1,
     "rewards": 2,
     "actors": 3,
-    **dict.fromkeys(("report", "stages"), 4),
+    **dict.fromkeys(("card", "report", "stages"), 4),
     "runner": 5,
     "cli": 6,
     "run": 7,

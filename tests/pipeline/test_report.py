@@ -15,6 +15,7 @@ import pytest
 from datasets import Features
 
 from pipeline.backtrack.undo import UndoRule
+from pipeline.card import GROUPS, model_card
 from pipeline.config import DecodeSettings, Settings
 from pipeline.metrics import Evaluated, Probed, summarise
 from pipeline.report import (
@@ -441,8 +442,18 @@ class TestStage:
         assert {row["model"] for row in found["evaluations"]} == set(RATES)
         assert found["counts"]["problems"] == {"train": 2, "dev": 2, "test": 2}
 
+    def test_the_card_says_what_was_trained_on_what_and_how_it_did(self, written: tuple[Path, dict[str, int]]) -> None:
+        card = (written[0] / "out" / "README.md").read_text()
+        metrics = json.loads((written[0] / "out" / "metrics.json").read_text())
+        rows = [row for row in metrics["evaluations"] if row["split"] == "test" and row["group"] in GROUPS and row["n"]]
+        assert rows and all(f"| {row['model']} | {row['mode']} | {row['group']} | {row['n']} |" in card for row in rows)
+        assert "round 1 of 1, seed 0" in card and "- Training run `sft-1`: 5 steps, 80 tokens." in card
+        metrics["rounds"][0]["accepted"] = False
+        refused = model_card(Settings(), metrics, "base")
+        assert "None of 1 rounds was accepted" in refused and "masked fine-tuning" not in refused
+
     def test_equal_inputs_give_equal_bytes(self, written: tuple[Path, dict[str, int]]) -> None:
-        for name in ("report.html", "metrics.json"):
+        for name in ("report.html", "metrics.json", "README.md"):
             assert (written[0] / "out" / name).read_bytes() == (written[0] / "again" / name).read_bytes()
 
     def test_rollouts_are_counted_on_their_way_into_traces(self, written: tuple[Path, dict[str, int]]) -> None:

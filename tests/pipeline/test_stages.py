@@ -16,6 +16,7 @@ from pipeline.backtrack.trace import Role, Trace
 from pipeline.config import ScratchModel, Settings, UndoSettings
 from pipeline.stages import sft
 from pipeline.stages.base import new_model, train_tokenizer
+from pipeline.stages.graph import MODEL, NAMES, STAGES
 from pipeline.stages.io import Codec, Text, write_rows
 from pipeline.stages.problems import FEATURES as PROBLEMS
 from pipeline.stages.rollouts import context_length, within_context
@@ -109,6 +110,14 @@ def test_replay_keeps_the_traces_of_earlier_rounds(
     (data,) = trained.sets.values()
     assert [trace.ids for trace in data.traces] == [(5, token) for token in seen]
     assert {trace.prompt_length for trace in data.traces} == {1}
+
+
+@pytest.mark.parametrize(("init", "folder"), [("previous", "new"), ("base", "old")])
+def test_a_round_trains_the_newest_model_or_the_base_again(init: str, folder: str) -> None:
+    settings = Settings.model_validate({"sft": {"init": init}})
+    context = SimpleNamespace(settings=settings, inputs={"model": Path("new"), "base": Path("old")})
+    assert sft.start(context) == Path(folder)  # type: ignore[arg-type]
+    assert {(one.name, one.stage) for one in STAGES[NAMES.index("sft")].inputs(3)} >= {("model", MODEL), ("base", "base")}
 
 
 def test_traces_are_taught_as_the_settings_say(tmp_path: Path, with_undo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
