@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from actors.ranks import is_first, wait_for_all
+
 KEPT = 2  # the newest one may be half-written when the run is killed
 _WHOLE = "whole.json"
 _TENSORS = "kept.safetensors"
@@ -51,9 +53,12 @@ class Checkpoints(TrainerCallback):
         """Restore the newest whole checkpoint and remove the others; its folder, None where training begins anew."""
         found = {int(path.name.split("-")[1]): path for path in self._folder.glob("checkpoint-*") if (path / _WHOLE).is_file()}
         newest = found[max(found)] if found else None
-        for path in self._folder.glob("checkpoint-*"):
-            if path != newest:
-                shutil.rmtree(path)
+        wait_for_all()  # before any process sees less than the others
+        if is_first():
+            for path in self._folder.glob("checkpoint-*"):
+                if path != newest:
+                    shutil.rmtree(path)
+        wait_for_all()
         if newest:
             tensors = load_file(newest / _TENSORS) if (newest / _TENSORS).is_file() else {}
             self._training.restore(Snapshot(json.loads((newest / _WHOLE).read_text()), tensors))
@@ -64,6 +69,9 @@ class Checkpoints(TrainerCallback):
             return  # nothing is left to be done from here on, and a trainer cannot resume at its end
         path = self._folder / f"checkpoint-{state.global_step}"
         snapshot = self._training.snapshot()
+        wait_for_all()  # each process has written its part by now
+        if not is_first():
+            return
         if snapshot.tensors:
             save_file({name: tensor.contiguous() for name, tensor in snapshot.tensors.items()}, path / _TENSORS)
         part = path / f"{_WHOLE}.part"

@@ -23,8 +23,10 @@ from trl import SFTConfig, SFTTrainer
 from actors.checkpoints import KEPT, Checkpoints, Snapshot
 from actors.decode import HfDecoder
 from actors.engines import HfEngine, Request, Sampling
+from actors.memory import how_to_save, out_of_memory
 from actors.packing import TrainingSet, collate, examples_of, pack_by_phase
 from actors.probe import ProbeRow, probe
+from actors.ranks import from_first, is_first, processes
 from actors.trainable import prepare, save
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import BaseTraining, SftSettings, TrainSettings
@@ -80,15 +82,28 @@ def fit(
 ) -> Curve:
     """Train the model of folder `source` on the traces and save it as an ordinary folder `target`.
 
+    Several processes that are joined by torch.distributed share the rows of each step; the first one writes the files.
+
     Args:
         resume: a folder for checkpoints of this very training. What a killed call has left there is gone on from.
 
     Raises:
-        TrainingError: a loss that is no number, or no memory left.
-        ValueError: no trace fits into a row.
+        TrainingError: a loss that is no number, no memory left, no trace fits into a row, or the model has no undo token.
     """
+    try:
+        return _fit(source, target, data, settings, seed, curve, check, resume)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        when = f"at step {curve.step + 1}" if curve.steps else "before the first step"
+        raise TrainingError(f"out of memory {when}: {how_to_save(settings)}") from error
+
+
+def _fit(source: Path, target: Path, data: TrainingSet, settings: TrainSettings, seed: int, curve: Curve,
+         check: DevCheck | None, resume: Path | None) -> Curve:  # fmt: skip
     if resume and (resume / _FINISHED).is_dir():
-        shutil.copytree(resume / _FINISHED, target, dirs_exist_ok=True)
+        if is_first():
+            shutil.copytree(resume / _FINISHED, target, dirs_exist_ok=True)
         _read_curve(curve, json.loads((resume / _CURVE).read_text()))
         return curve
     begun = time.monotonic()
@@ -97,8 +112,13 @@ def fit(
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     torch.manual_seed(seed)  # adapters begin at random
     model = prepare(model, data.rule.undo_id, sft.trainable, sft.lora.rank, sft.lora.alpha)
+    if settings.compile:
+        _decoder_of(model).compile()  # the head stays outside: which places it sees differs from batch to batch
     examples, curve.left_out = examples_of(data, settings.row_tokens)
-    rows = pack_by_phase(examples, data.most_undos, settings.row_tokens, settings.steps, settings.rows, seed)
+    try:
+        rows = pack_by_phase(examples, data.most_undos, settings.row_tokens, settings.steps, settings.rows, seed)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
     curve.steps = settings.steps
     callbacks: list[TrainerCallback] = [_Watch(curve)]
     best = _KeepBest(curve, check, settings, tokenizer, model) if check and isinstance(settings, BaseTraining) else None
@@ -123,19 +143,17 @@ def fit(
         checkpoints = Checkpoints(folder, _Progress(curve, trainer, best))
         trainer.add_callback(checkpoints)
         newest = checkpoints.resume()
-        try:
-            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise TrainingError(f"out of memory at step {curve.step + 1}: lower rows or row_tokens") from error
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
         curve.target_tokens = round(trainer.targets_seen)
     if best:
         best.restore()
     else:
         curve.kept_step = curve.step
     curve.tokens = sum(examples[index].tokens for row in rows[: curve.step * settings.rows] for index in row)
-    save(model.eval(), tokenizer, target, sft.trainable)
+    if is_first():
+        save(model.eval(), tokenizer, target, sft.trainable)
     curve.seconds = time.monotonic() - begun
-    if resume:
+    if resume and is_first():
         (resume / _CURVE).write_text(json.dumps(asdict(curve)))
         part = resume / f"{_FINISHED}.part"
         shutil.copytree(target, part, dirs_exist_ok=True)
@@ -174,7 +192,8 @@ def _arguments(settings: TrainSettings, seed: int, folder: str, saves: bool = Fa
     return SFTConfig(
         output_dir=folder,
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.rows,
+        per_device_train_batch_size=settings.rows // (settings.accumulate * processes()),
+        gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.lr,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
@@ -192,8 +211,10 @@ def _arguments(settings: TrainSettings, seed: int, folder: str, saves: bool = Fa
         report_to="none",
         disable_tqdm=True,
         seed=seed,
-        bf16=False,
-        gradient_checkpointing=False,
+        bf16=settings.dtype == "bfloat16",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        ddp_find_unused_parameters=False,  # every batch goes through the whole model
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
@@ -208,13 +229,19 @@ class TreeTrainer(SFTTrainer):
     targets_seen = 0.0
     last_saved = 0
     """Step of the newest checkpoint."""
+    loss_is_scaled_for_ga = True
+    """The loss of a part of a step is divided by the targets of the whole step."""
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The micro-batches of one step, and what their targets weigh together: the loss is a mean over all of them."""
+        """This process's batches of one step, and its share of what the targets of all processes weigh together.
+
+        Gradients are averaged over the processes, so dividing by an equal share gives the mean over all targets of the step.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        weight = sum(float(batch["weight"].sum()) for batch in batches)
+        own = torch.tensor(sum(float(batch["weight"].sum()) for batch in batches), dtype=torch.float64, device=device)
+        weight = float(self.accelerator.reduce(own, "sum"))
         self.targets_seen += weight
-        return batches, weight
+        return batches, weight / self.accelerator.num_processes
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
         row, column, target, weight, ends_run = (inputs[name] for name in ("row", "column", "target", "weight", "ends_run"))
@@ -246,6 +273,12 @@ def logits_only_at(model: Any, row: torch.Tensor, column: torch.Tensor) -> Itera
         yield
     finally:
         pick.remove()
+
+
+def _decoder_of(model: Any) -> Any:
+    """The layers without the head."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return plain.base_model
 
 
 class _Watch(TrainerCallback):
@@ -281,7 +314,7 @@ class _KeepBest(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step % self._settings.check_every and state.global_step < self._settings.steps:
             return
-        accuracy = self._accuracy()
+        accuracy = from_first(self._accuracy)
         self._curve.checks.append((state.global_step, accuracy))
         if accuracy > self.accuracy:
             self.accuracy, self.without_rise = accuracy, 0
@@ -300,7 +333,8 @@ class _KeepBest(TrainerCallback):
         engine = HfEngine(self._model, max_num_seqs=128)
         stop_id = self._tokenizer.eos_token_id
         sampling = Sampling(temperature=0, top_p=1, max_tokens=self._check.max_tokens, stop_id=stop_id)
-        completions = engine.generate([Request(prompt, 0) for prompt in self._check.prompts], sampling)
+        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+            completions = engine.generate([Request(prompt, 0) for prompt in self._check.prompts], sampling)
         self._model.train()
         texts = [self._tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in completions]
         right = sum(self._check.is_right(index, text) for index, text in enumerate(texts))

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.config import Settings, dump_settings
+from pipeline.config import Settings
+from pipeline.settings_file import dump_settings
 from pipeline.stages.graph import MODEL, NAMES, steps
 from pipeline.stages.stage import Context, Input, Stage, StageError
 from pipeline.store import MANIFEST, Store, stage_key

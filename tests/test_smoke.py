@@ -20,7 +20,8 @@ from pipeline.backtrack.cursor import DecodeRequest, Decoding
 from pipeline.backtrack.targets import trace_walk
 from pipeline.backtrack.trace import Role, Trace
 from pipeline.backtrack.undo import apply_undo
-from pipeline.config import SftSettings, UndoSettings, load_settings
+from pipeline.config import SftSettings, UndoSettings
+from pipeline.settings_file import load_settings
 from pipeline.stages import evaluate, judge, problems, rollouts, traces
 from pipeline.stages.io import Codec, read_problems
 from pipeline.stages.rollouts import row_seed

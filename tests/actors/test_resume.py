@@ -12,15 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from actors.learner import Curve, DevCheck, TrainingError, TreeTrainer, fit
-from actors.packing import TrainingSet
-from pipeline.backtrack.embedding import add_undo_token
-from pipeline.backtrack.trace import Detour, WrongTry, build_trace
-from pipeline.backtrack.undo import UndoRule
-from pipeline.config import BaseTraining, ScratchModel, SftSettings, TrainSettings
-from pipeline.stages.base import new_model, train_tokenizer
+from pipeline.backtrack.curriculum import parse_schedule
+from pipeline.config import BaseTraining, SftSettings, TrainSettings
+from tests.actors.trained import content, prepared, thirty_traces
 
 STEPS, SAVED_AT = 12, 4
 COMMON: dict[str, Any] = {"steps": STEPS, "rows": 2, "row_tokens": 64, "lr": 1e-2, "log_every": 2, "checkpoint_every": SAVED_AT}
@@ -31,32 +27,13 @@ KINDS: dict[str, TrainSettings] = {
 }
 
 
-def prepared(folder: Path) -> UndoRule:
-    """A tiny model with an undo token in `folder`; the rule of that token."""
-    tokenizer = train_tokenizer(["Ana has 3 apples.\n#### 3"], 300)
-    model = new_model(ScratchModel(layers=1, width=32, heads=2, vocab=300), tokenizer, 0)
-    undo_id = add_undo_token(model, tokenizer, "<U>", "mean", ["x"], "x", 0.0, 0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return UndoRule(undo_id, "all")
-
-
 def train(kind: str, source: Path, target: Path, resume: Path | None) -> Curve:
-    from transformers import AutoTokenizer
-
-    rule = UndoRule(AutoTokenizer.from_pretrained(source).convert_tokens_to_ids("<U>"), "all")
-    traces = []
-    for n in range(30):
-        detours = [Detour(0, WrongTry((40 + n, 41), (True, False)))] if n % 2 else []
-        traces.append(build_trace([30 + n, 7], [50 + n, 60 + n, *range(70, 70 + n % 5)], detours, rule))
     settings = KINDS[kind]
     check = DevCheck(((30, 7), (31, 7)), lambda index, text: len(text) % 2 == 0, 4) if kind == "base" else None
     most = None
     if isinstance(settings, SftSettings) and settings.most_undos:
-        from pipeline.backtrack.curriculum import parse_schedule
-
         most = parse_schedule("most", settings.most_undos)
-    return fit(source, target, TrainingSet(traces, rule, most_undos=most), settings, 0, Curve(), check, resume)
+    return fit(source, target, thirty_traces(source, most_undos=most), settings, 0, Curve(), check, resume)
 
 
 def killed(kind: str, source: Path, target: Path, resume: Path, at: int, where: str) -> None:
@@ -67,10 +44,6 @@ def killed(kind: str, source: Path, target: Path, resume: Path, at: int, where: 
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
     assert not (target / "config.json").exists()
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {name: tensor.numpy().tobytes() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,8 @@ from pipeline.config import (
     SftSettings,
     SyntheticTask,
     UndoSettings,
-    dump_settings,
-    load_settings,
 )
+from pipeline.settings_file import dump_settings, load_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -86,6 +85,24 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
             "decode (set in the command line): undo_bias has no effect beside a threshold: set undo_bias to 0, is 1.5, "
             "or threshold to null, is 0.7",
         ),
+        (
+            "sft: {rows: 8, accumulate: 3}",
+            [],
+            "settings of several sections (set in FILE): sft.rows must be a multiple of cluster.learner_workers x sft.accumulate "
+            "= 1 x 3, is 8",
+        ),
+        (
+            "sft: {rows: 8, accumulate: 2}",
+            ["cluster.learner_workers=3", "base.model=there"],
+            "settings of several sections (set in the command line): sft.rows must be a multiple of cluster.learner_workers x "
+            "sft.accumulate = 3 x 2, is 8",
+        ),
+        ("", ["base.train.rows=5", "base.train.accumulate=2"], "settings of several sections (set in the command line): base.tra"),
+        ("sft: {fsdp: {}}", [], "settings of several sections (set in FILE): sft.fsdp needs cluster.learner_workers of 2 or more"),
+        ("sft: {deepspeed: a.json}", [], "settings of several sections (set in FILE): sft.deepspeed needs cluster.learner_wor"),
+        ("sft: {fsdp: {}, deepspeed: a.json}", [], "sft (set in FILE): fsdp and deepspeed cannot both be set"),
+        ("sft: {fsdp: 1}", [], "sft.fsdp (set in FILE): should be a valid dictionary, not 1"),
+        ("sft: {dtype: float16}", [], "sft.dtype (set in FILE): should be 'float32' or 'bfloat16', not 'float16'"),
         ("evaluate: {modes: []}", [], "evaluate.modes (set in FILE): List should have at least 1 item"),
         ("evaluate: {modes: [soft, soft]}", [], "evaluate.modes (set in FILE): must name each mode once, not ['soft', 'soft']"),
         ("evaluate: {modes: [forbidden]}", [], "evaluate.modes.0 (set in FILE): should be 'rewind' or 'soft', not 'forbidden'"),
@@ -191,7 +208,7 @@ def test_dumped_settings_come_back(
 
 def test_settings_are_read_without_torch_and_ray() -> None:
     code = (
-        "import sys, pathlib; from pipeline.config import load_settings; load_settings(pathlib.Path('configs/tiny.yaml'));"
+        "import sys, pathlib; from pipeline.settings_file import load_settings; load_settings(pathlib.Path('configs/tiny.yaml'));"
         "print(*sorted({'torch', 'ray', 'transformers', 'datasets', 'vllm'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
