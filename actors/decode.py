@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from actors.live import Live, Step
 from actors.ragged import RaggedCache
 from pipeline.backtrack.cursor import Cursor, Decoded, DecodeRequest, Decoding
 
@@ -95,7 +96,7 @@ class HfDecoder:
                 new = [waiting.pop() for _ in range(min(free, len(waiting)))]
                 self._prefill(cache, len(rows), [cursors[index].visible for index in new])
                 rows += [_Row(index, cursors[index], _uniforms(requests[index].seed, decoding)) for index in new]
-            self._step(cache, rows, decoding)
+            self._step(cache, rows)
             done.update((row.index, row.cursor.result()) for row in rows if row.cursor.finish)
             rows = _leave(cache, rows)
         return [done[index] for index in range(len(requests))]
@@ -123,7 +124,7 @@ class HfDecoder:
                 )
             start += count
 
-    def _step(self, cache: RaggedCache, rows: list[_Row], decoding: Decoding) -> None:
+    def _step(self, cache: RaggedCache, rows: list[_Row]) -> None:
         """One forward over each row's last visible id; a row that has just been rewound feeds again what is on top there."""
         device, cursors = self.model.device, [row.cursor for row in rows]
         lengths = [cursor.length for cursor in cursors]
@@ -138,10 +139,22 @@ class HfDecoder:
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
-        choices = choose(logits_BV, rows, decoding)
-        columns = (choices.ids.tolist(), choices.logprobs.tolist(), choices.alternatives.tolist())
-        for cursor, token, logprob, alternative in zip(cursors, *columns, strict=True):
-            cursor.take(token, logprob, alternative)
+        for places in alike(cursors):
+            some = [rows[place] for place in places]
+            choices = choose(logits_BV[places], some, some[0].cursor.decoding)
+            columns = (choices.ids.tolist(), choices.logprobs.tolist(), choices.alternatives.tolist())
+            for row, token, logprob, alternative in zip(some, *columns, strict=True):
+                row.cursor.take(token, logprob, alternative)
+
+
+def alike(cursors: Sequence[Cursor]) -> list[list[int]]:
+    """Places of the cursors, those that decode in the same way together: requests of a server need not."""
+    groups: dict[Decoding, list[int]] = {}
+    if all(cursor.decoding is cursors[0].decoding for cursor in cursors):
+        return [list(range(len(cursors)))]
+    for place, cursor in enumerate(cursors):
+        groups.setdefault(cursor.decoding, []).append(place)
+    return list(groups.values())
 
 
 def restrict(logits_BV: Tensor, cursors: Sequence[Cursor], decoding: Decoding) -> tuple[Tensor, list[int]]:
@@ -221,3 +234,52 @@ def _leave(cache: RaggedCache, rows: list[_Row]) -> list[_Row]:
     if target:
         cache.move(source, target)
     return rows[:alive]
+
+
+class HfLive(Live):
+    """Requests that come and go while others are decoded; all that have a slot share each forward."""
+
+    def __init__(self, decoder: HfDecoder) -> None:
+        self._decoder, self._slots, self._row_tokens = decoder, decoder._max_num_seqs, decoder._row_tokens
+        self._cache = RaggedCache(decoder._layers, self._slots, self._row_tokens)
+        self._waiting: dict[int, tuple[Cursor, int]] = {}  # with the seed
+        self._rows: list[_Row] = []
+
+    @property
+    def running(self) -> int:
+        return len(self._waiting) + len(self._rows)
+
+    def add(self, key: int, request: DecodeRequest, decoding: Decoding) -> None:
+        cursor = Cursor(request, decoding, self._decoder._vocab_size)
+        if cursor.length + decoding.max_tokens > self._row_tokens:
+            needed = f"{cursor.length} + {decoding.max_tokens}"
+            raise ValueError(f"prompt and max_tokens need {needed} tokens, rows have room for {self._row_tokens}")
+        self._waiting[key] = (cursor, request.seed)
+
+    def abort(self, key: int) -> None:
+        self._waiting.pop(key, None)
+        for row in self._rows:
+            if row.index == key:
+                row.cursor.end()
+        self._rows = _leave(self._cache, self._rows)
+
+    @torch.inference_mode()
+    def step(self) -> list[Step]:
+        free = self._slots - len(self._rows)
+        if new := sorted(list(self._waiting)[:free], key=lambda key: self._waiting[key][0].length):
+            rows = []
+            for key in new:
+                cursor, seed = self._waiting.pop(key)
+                rows.append(_Row(key, cursor, _uniforms(seed, cursor.decoding)))
+            self._decoder._prefill(self._cache, len(self._rows), [row.cursor.visible for row in rows])
+            self._rows += rows
+        if not self._rows:
+            return []
+        before = [row.cursor.emitted for row in self._rows]
+        self._decoder._step(self._cache, self._rows)
+        steps = [
+            Step(row.index, row.cursor.emitted_since(count), row.cursor.result() if row.cursor.finish else None)
+            for row, count in zip(self._rows, before, strict=True)
+        ]
+        self._rows = _leave(self._cache, self._rows)
+        return steps

@@ -15,7 +15,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from actors.decode import restrict
+from actors.decode import alike, restrict
 from pipeline.backtrack.cursor import Cursor, Decoded, DecodeRequest, Decoding
 
 _KEY = "retract_cursor"
@@ -76,6 +76,13 @@ class UndoProcessor(LogitsProcessor):
         lives = [self._rows[place][0] for place in places]
         for live, emitted in (self._rows[place] for place in places):
             live.catch_up(emitted)
+        for group in alike([live.cursor for live in lives]):
+            self._hold(logits, [places[one] for one in group], [lives[one] for one in group])
+        return logits
+
+    @staticmethod
+    def _hold(logits: Tensor, places: list[int], lives: list[_Live]) -> None:
+        """Rows that decode in the same way."""
         allowed_BV, picked = restrict(logits[places], [live.cursor for live in lives], lives[0].decoding)
         logprobs_BV = allowed_BV.log_softmax(-1)
         for live, logprobs_V in zip(lives, logprobs_BV, strict=True):
@@ -85,7 +92,6 @@ class UndoProcessor(LogitsProcessor):
                 allowed_BV[row] = -torch.inf
                 allowed_BV[row, token] = 0.0
         logits[places] = allowed_BV.to(logits.dtype)
-        return logits
 
 
 class VllmDecoder:

@@ -195,8 +195,16 @@ class Cursor:
         return self._seen[-1]
 
     @property
+    def decoding(self) -> Decoding:
+        return self._decoding
+
+    @property
     def emitted(self) -> int:
         return len(self._ids)
+
+    def emitted_since(self, count: int) -> tuple[int, ...]:
+        """The ids emitted behind the first `count`."""
+        return tuple(self._ids[count:])
 
     @property
     def in_run(self) -> bool:
@@ -264,6 +272,10 @@ class Cursor:
             self.finish = "length"
         self._settle()
         return max(0, before - len(self._seen))
+
+    def end(self) -> None:
+        """Nothing more is wanted: the decode is over."""
+        self.finish = self.finish or "length"
 
     def result(self) -> Decoded:
         """What was decoded; before the end, what there is so far."""
