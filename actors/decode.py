@@ -256,6 +256,7 @@ class HfLive(Live):
             raise ValueError(f"prompt and max_tokens need {needed} tokens, rows have room for {self._row_tokens}")
         self._waiting[key] = (cursor, request.seed)
 
+    @torch.inference_mode()
     def abort(self, key: int) -> None:
         self._waiting.pop(key, None)
         for row in self._rows:
