@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 import torch
 
+from pipeline.backtrack.undo import UndoRule, Unit
+
 
 class UndoTokenError(ValueError):
-    """The undo token cannot be added. One line."""
+    """The undo token is missing or cannot be added. One line."""
 
 
 def add_undo_token(
@@ -68,6 +70,18 @@ def _source_ids(tokenizer: Any, init: str, words: Sequence[str], description: st
     if not ids:
         raise UndoTokenError(f"undo.{init} gives no token: {(list(words) if init == 'words' else description)!r}")
     return sorted(set(ids)) if init == "words" else ids
+
+
+def undo_rule(tokenizer: Any, token: str, unit: Unit) -> UndoRule:
+    """The rule of a tokenizer that has the undo token.
+
+    Raises:
+        UndoTokenError: it has not.
+    """
+    undo_id = tokenizer.convert_tokens_to_ids(token)
+    if undo_id is None or undo_id == tokenizer.unk_token_id:
+        raise UndoTokenError(f"the tokenizer lacks the undo token {token!r}")
+    return UndoRule(int(undo_id), unit, step_end_ids(tokenizer))
 
 
 def step_end_ids(tokenizer: Any) -> frozenset[int]:

@@ -13,8 +13,7 @@ from typing import Any
 from datasets import Dataset, Features, load_from_disk
 from transformers import AutoTokenizer
 
-from pipeline.backtrack.embedding import step_end_ids
-from pipeline.backtrack.undo import UndoRule
+from pipeline.backtrack.embedding import undo_rule
 from pipeline.config import UndoSettings
 from pipeline.tasks.problem import Problem
 
@@ -61,10 +60,7 @@ class Codec:
     def __init__(self, folder: Path, undo: UndoSettings, prompt: str) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self._prompt = prompt
-        undo_id: Any = self.tokenizer.convert_tokens_to_ids(undo.token)
-        if undo_id is None or undo_id == self.tokenizer.unk_token_id:
-            raise ValueError(f"the tokenizer of {folder} lacks the undo token {undo.token!r}")
-        self.rule = UndoRule(int(undo_id), undo.unit, step_end_ids(self.tokenizer))
+        self.rule = undo_rule(self.tokenizer, undo.token, undo.unit)
         self.stop_id: int = self.tokenizer.eos_token_id
 
     def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
