@@ -6,7 +6,8 @@ and evaluation call it with token ids and get token ids; it knows no problems an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.live import Live, Step
 from actors.ragged import RaggedCache
+from actors.signals import Detector, Scorer, ask_chosen, ask_read, detector_of
 from pipeline.backtrack.cursor import Cursor, Decoded, DecodeRequest, Decoding
 
 _PREFILL_TOKENS = 8192  # of one forward over prompts, padding included
@@ -34,6 +36,8 @@ class Choices:
     """[rows] Of those ids at temperature 1, bans renormalised."""
     alternatives: Tensor
     """[rows] Of the best ids other than those and U; -inf where not asked for."""
+    logits_BV: Tensor
+    """What they were chosen from, -inf where banned."""
 
 
 @dataclass
@@ -41,6 +45,7 @@ class _Row:
     index: int  # of its request
     cursor: Cursor
     uniforms: list[list[float]]  # for each id emitted: for the id itself, and for whether a run before it ends
+    detector: Detector | None
 
 
 class HfDecoder:
@@ -74,12 +79,16 @@ class HfDecoder:
         return cls(model.to(device).eval(), max_num_seqs, row_tokens)
 
     @torch.inference_mode()
-    def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding) -> list[Decoded]:
+    def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding, scorer: Scorer | None = None) -> list[Decoded]:
         """One result a request, in the order of the requests; no row's result depends on the others.
 
+        Args:
+            scorer: for mode `guided` with a signal of kind `score`.
+
         Raises:
-            ValueError: a request that `Cursor` refuses, or that has no room in a row.
+            ValueError: a request that `Cursor` refuses, or that has no room in a row; a signal without its scorer.
         """
+        detector = detector_of(decoding, scorer)
         cursors = [Cursor(request, decoding, self._vocab_size) for request in requests]
         longest = max((cursor.length for cursor in cursors), default=0) + decoding.max_tokens
         if longest > self._row_tokens:
@@ -95,7 +104,7 @@ class HfDecoder:
             if waiting and (not rows or free >= min(len(waiting), -(-slots // _REFILL))):
                 new = [waiting.pop() for _ in range(min(free, len(waiting)))]
                 self._prefill(cache, len(rows), [cursors[index].visible for index in new])
-                rows += [_Row(index, cursors[index], _uniforms(requests[index].seed, decoding)) for index in new]
+                rows += [_Row(index, cursors[index], _uniforms(requests[index].seed, decoding), detector) for index in new]
             self._step(cache, rows)
             done.update((row.index, row.cursor.result()) for row in rows if row.cursor.finish)
             rows = _leave(cache, rows)
@@ -132,19 +141,26 @@ class HfDecoder:
         last_B, lengths_B = torch.tensor([[cursor.last for cursor in cursors], lengths], device=device)
         columns_B = lengths_B - 1
         cache.expect_tokens(columns_B, longest)
-        logits_BV = self.model(
-            input_ids=last_B.unsqueeze(1),
-            position_ids=columns_B.unsqueeze(1),
-            attention_mask=(torch.arange(longest, device=device) < lengths_B.unsqueeze(1))[:, None, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        hidden_wanted = any(row.detector is not None and row.detector.reads_hidden for row in rows)
+        with _head_inputs(self.model, hidden_wanted) as hidden:
+            logits_BV = self.model(
+                input_ids=last_B.unsqueeze(1),
+                position_ids=columns_B.unsqueeze(1),
+                attention_mask=(torch.arange(longest, device=device) < lengths_B.unsqueeze(1))[:, None, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
         for places in alike(cursors):
-            some = [rows[place] for place in places]
-            choices = choose(logits_BV[places], some, some[0].cursor.decoding)
+            some, asked = [rows[place] for place in places], [cursors[place] for place in places]
+            decoding, detector = asked[0].decoding, some[0].detector
+            if detector is not None and hidden:
+                ask_read(detector, asked, hidden[0][places, -1])
+            choices = choose(logits_BV[places], some, decoding)
             columns = (choices.ids.tolist(), choices.logprobs.tolist(), choices.alternatives.tolist())
-            for row, token, logprob, alternative in zip(some, *columns, strict=True):
-                row.cursor.take(token, logprob, alternative)
+            for cursor, token, logprob, alternative in zip(asked, *columns, strict=True):
+                cursor.take(token, logprob, alternative)
+            if detector is not None:
+                ask_chosen(detector, asked, choices.ids, choices.logits_BV, decoding.rule.undo_id)
 
 
 def alike(cursors: Sequence[Cursor]) -> list[list[int]]:
@@ -157,14 +173,27 @@ def alike(cursors: Sequence[Cursor]) -> list[list[int]]:
     return list(groups.values())
 
 
+@contextmanager
+def _head_inputs(model: Any, wanted: bool) -> Iterator[list[Tensor]]:
+    """What the head reads in forwards within this, [rows, 1, width] each: the last hidden states, normalised."""
+    found: list[Tensor] = []
+    with ExitStack() as stack:
+        if wanted:
+            hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, given: found.append(given[0]))
+            stack.callback(hook.remove)
+        yield found
+
+
 def restrict(logits_BV: Tensor, cursors: Sequence[Cursor], decoding: Decoding) -> tuple[Tensor, list[int]]:
     """What may be chosen: logits with the bias, -inf where banned, and the ids that are certain, forced ones and U's that the
-    threshold decides; -1 where the model chooses."""
+    threshold or the signal decides; -1 where the model chooses."""
     device, undo_id = logits_BV.device, decoding.rule.undo_id
     if logits_BV.dtype not in (torch.float32, torch.float64):
         logits_BV = logits_BV.float()
     picked = [-1 if cursor.forced is None else cursor.forced for cursor in cursors]
-    if decoding.threshold is not None and decoding.mode != "forbidden":
+    if decoding.mode == "guided":
+        picked = [undo_id if token < 0 and cursor.decides(0.0) else token for token, cursor in zip(picked, cursors, strict=True)]
+    elif decoding.threshold is not None and decoding.mode != "forbidden":
         p_undo = torch.exp(logits_BV[:, undo_id] - logits_BV.logsumexp(-1)).tolist()
         for index, cursor in enumerate(cursors):
             if picked[index] < 0 and cursor.decides(p_undo[index]):
@@ -179,8 +208,8 @@ def restrict(logits_BV: Tensor, cursors: Sequence[Cursor], decoding: Decoding) -
 
 
 def choose(logits_BV: Tensor, rows: Sequence[_Row], decoding: Decoding) -> Choices:
-    """The next id of every row: forced, U by the threshold, or the model's choice without the bans."""
-    device, undo_id = logits_BV.device, decoding.rule.undo_id
+    """The next id of every row: forced, U by the threshold or the signal, or the model's choice without the bans."""
+    device = logits_BV.device
     logits_BV, picked = restrict(logits_BV, [row.cursor for row in rows], decoding)
     norm_B = logits_BV.logsumexp(-1)
 
@@ -195,10 +224,10 @@ def choose(logits_BV: Tensor, rows: Sequence[_Row], decoding: Decoding) -> Choic
     logprobs_B = logits_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1) - norm_B
     alternatives_B = torch.full_like(logprobs_B, -torch.inf)
     if decoding.weighs_paths:
-        logits_BV[:, undo_id] = -torch.inf
-        logits_BV.scatter_(1, ids_B.unsqueeze(1), -torch.inf)
-        alternatives_B = logits_BV.amax(-1) - norm_B
-    return Choices(ids_B, logprobs_B, alternatives_B)
+        others_BV = logits_BV.scatter(1, ids_B.unsqueeze(1), -torch.inf)
+        others_BV[:, decoding.rule.undo_id] = -torch.inf
+        alternatives_B = others_BV.amax(-1) - norm_B
+    return Choices(ids_B, logprobs_B, alternatives_B, logits_BV)
 
 
 def _sample(logits_BV: Tensor, uniforms_B: Tensor, top_p: float) -> Tensor:
@@ -271,7 +300,7 @@ class HfLive(Live):
             rows = []
             for key in new:
                 cursor, seed = self._waiting.pop(key)
-                rows.append(_Row(key, cursor, _uniforms(seed, cursor.decoding)))
+                rows.append(_Row(key, cursor, _uniforms(seed, cursor.decoding), detector_of(cursor.decoding)))
             self._decoder._prefill(self._cache, len(self._rows), [row.cursor.visible for row in rows])
             self._rows += rows
         if not self._rows:

@@ -16,6 +16,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from actors.decode import alike, restrict
+from actors.signals import Detector, ask_chosen, detector_of
 from pipeline.backtrack.cursor import Cursor, Decoded, DecodeRequest, Decoding
 
 _KEY = "retract_cursor"
@@ -24,8 +25,8 @@ _KEY = "retract_cursor"
 class _Live:
     """A cursor and the row of logits that its next id is drawn from."""
 
-    def __init__(self, request: DecodeRequest, decoding: Decoding, vocab_size: int) -> None:
-        self.cursor, self.decoding = Cursor(request, decoding, vocab_size), decoding
+    def __init__(self, request: DecodeRequest, decoding: Decoding, vocab_size: int, detector: Detector | None) -> None:
+        self.cursor, self.decoding, self._detector = Cursor(request, decoding, vocab_size), decoding, detector
         self._logprobs_V: Tensor | None = None
         self._taken = 0  # ids of the present vLLM request that the cursor knows
 
@@ -47,6 +48,9 @@ class _Live:
                 alternative = float(others_V.max())
             self.cursor.take(int(token), logprob, alternative)
             self._taken += 1
+            if self._detector is not None:
+                ids_B, logprobs_BV = torch.tensor([token], device=self._logprobs_V.device), self._logprobs_V[None].clone()
+                ask_chosen(self._detector, [self.cursor], ids_B, logprobs_BV, self.decoding.rule.undo_id)
 
 
 _running: dict[int, _Live] = {}
@@ -101,8 +105,15 @@ class VllmDecoder:
         self._llm, self._vocab_size = llm, vocab_size
 
     def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding) -> list[Decoded]:
-        """One result a request, in the order of the requests. All rewinds of a round go into one call."""
-        lives = {number: _Live(request, decoding, self._vocab_size) for number, request in enumerate(requests)}
+        """One result a request, in the order of the requests. All rewinds of a round go into one call.
+
+        Raises:
+            ValueError: a request that `Cursor` refuses; a signal of kind `score`.
+        """
+        if decoding.signal is not None and decoding.mode == "guided" and decoding.signal.kind == "score":
+            raise ValueError("signal kind score reads hidden states, which vLLM keeps to itself: decode with transformers")
+        detector = detector_of(decoding)
+        lives = {number: _Live(request, decoding, self._vocab_size, detector) for number, request in enumerate(requests)}
         ends = [decoding.stop_id] if decoding.mode == "soft" else [decoding.stop_id, decoding.rule.undo_id]
         _running.update(lives)
         round = 0

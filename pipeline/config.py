@@ -324,6 +324,20 @@ class SftSettings(TrainSettings):
         return self
 
 
+class SignalSettings(Section):
+    kind: Literal["probability", "margin", "entropy", "repeat"] = Field(
+        "probability", description="Asks for undo: a token's own probability, best two too close, entropy (nats), repeated text."
+    )
+    threshold: float = Field(0.3, ge=0, le=20, description="Undo where entropy is above this, or probability or margin below.")
+    ngram: int = Field(8, ge=1, le=1024, description="Kind repeat: tokens that stand there twice.")
+
+    @model_validator(mode="after")
+    def _within_bounds(self) -> Self:
+        if self.kind in ("probability", "margin") and self.threshold > 1:
+            raise ValueError(f"threshold must lie in 0 .. 1 for kind {self.kind}, is {self.threshold}")
+        return self
+
+
 class DecodeSettings(Section):
     """Decoding that takes deleted text out of the model's context, see pipeline/backtrack/cursor.py."""
 
@@ -335,6 +349,7 @@ class DecodeSettings(Section):
     max_undos: int = Field(32, ge=1, le=131_072, description="Undo tokens of a sample, at most.")
     max_undos_per_state: int = Field(12, ge=1, le=131_072, description="Returns to the same text, at most.")
     rewinding: Literal["deferred", "immediate"] = Field("deferred", description="Unit token: undos act as a run, or each.")
+    signal: SignalSettings = Field(SignalSettings(), description="What asks for undo in mode guided, in place of the model.")
 
     @model_validator(mode="after")
     def _one_decides(self) -> Self:
@@ -360,10 +375,11 @@ class AnswerSettings(SamplingSettings, DecodeSettings):
 
 class EvaluateSettings(SamplingSettings):
     temperature: float = Field(0.0, ge=0, le=5, description="0 decodes greedily.")
-    modes: list[Literal["rewind", "soft"]] = Field(
+    modes: list[Literal["rewind", "soft", "guided"]] = Field(
         ["rewind", "soft"],
         min_length=1,
-        description="Deleted text leaves the context, by decode, or stays; the first one accepts a round and leads the page.",
+        description="Deleted text leaves the context (rewind; guided: by decode.signal), or stays (soft). The first accepts a "
+        "round, leads the page and is measured on all splits, the others on test.",
     )
     test: int | None = Field(None, ge=1, description="Problems of the test split; null takes all.")
     dev: int = Field(350, ge=1, description="Problems of the dev split, on which a round is accepted.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -17,7 +17,7 @@ class Evaluated:
 
     model: str
     mode: str
-    """`rewind`: deleted text was gone from the model's context; `soft`: it stayed."""
+    """`rewind`: deleted text was gone from the model's context; `soft`: it stayed; `guided`: a signal asked for the undos."""
     problem: str
     split: str
     family: str
@@ -62,6 +62,7 @@ def summarise(rows: Sequence[Evaluated], probes: Sequence[Probed], round: int, t
     """
     models = list(dict.fromkeys(row.model for row in rows))
     modes = list(dict.fromkeys(row.mode for row in rows))
+    measured = {(row.mode, row.split) for row in rows}
     splits = list(dict.fromkeys(row.split for row in rows))
     evaluations: list[dict[str, Any]] = []
     comparisons: list[dict[str, Any]] = []
@@ -71,9 +72,11 @@ def summarise(rows: Sequence[Evaluated], probes: Sequence[Probed], round: int, t
             chosen = {(a, b): [row for row in here if (row.model, row.mode) == (a, b)] for a in models for b in modes}
             for model in models:
                 place = {"round": round, "model": model, "split": split, "group": group, "temperature": temperature}
-                evaluations += [place | {"mode": mode} | _with_undo(chosen[model, mode]) for mode in modes]
-                first = [row.first_correct for row in chosen[model, main]]
-                evaluations.append(place | {"mode": "forbidden"} | _accuracy(first))
+                here_modes = [mode for mode in modes if (mode, split) in measured]
+                evaluations += [place | {"mode": mode} | figures(chosen[model, mode]) for mode in here_modes]
+                first = figures([_first_try(row) for row in chosen[model, main]])
+                del first["cut_at_max_tokens"]  # how first tries ended is not kept
+                evaluations.append(place | {"mode": "forbidden"} | first)
             comparisons += _compare(chosen, round, split, group, main)
     return {
         "evaluations": evaluations,
@@ -114,8 +117,24 @@ def _accuracy(correct: Sequence[bool]) -> dict[str, Any]:
     }
 
 
-def _with_undo(rows: Sequence[Evaluated]) -> dict[str, Any]:
-    """Rates are shares of problems: with an undo, with a spurious undo, with a no-op undo."""
+def _first_try(row: Evaluated) -> Evaluated:
+    ids = row.first_token_ids
+    return replace(row, correct=row.first_correct, tokens=len(ids), token_ids=ids, undos=0, noops=0, spurious=0)
+
+
+def tokens_table(evaluations: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines for people: all modes of each model side by side on all test problems, with what they spent."""
+    lines = [f"{'test split':15}{'mode':10}{'accuracy':>9}{'95 %':>15}{'tokens':>9}{'with undo':>11}{'spurious':>10}"]
+    for row in evaluations:
+        if (row["split"], row["group"]) == ("test", "all") and row["n"]:
+            interval = "{:.3f} .. {:.3f}".format(*row["ci95"])
+            spent = f"{row['tokens_per_problem']:9.1f}{row['undo_rate']:11.3f}{row['spurious_undo_rate']:10.3f}"
+            lines.append(f"{row['model']:15}{row['mode']:10}{row['accuracy']:9.3f}{interval:>15}{spent}")
+    return lines if len(lines) > 1 else []
+
+
+def figures(rows: Sequence[Evaluated]) -> dict[str, Any]:
+    """What is said of rows of one model and mode. Rates are shares of problems: with an undo, a spurious or a no-op one."""
     n = len(rows)
     return _accuracy([row.correct for row in rows]) | {
         "first_try_accuracy": sum(row.first_correct for row in rows) / n if n else None,
@@ -135,7 +154,7 @@ def _compare(chosen: dict[tuple[str, str], list[Evaluated]], round: int, split: 
     if ("sft", main) not in chosen:
         return []
     own = chosen["sft", main]
-    pairs = [(f"{model} {mode}", some) for (model, mode), some in chosen.items() if (model == "sft") != (mode == main)]
+    pairs = [(f"{model} {mode}", some) for (model, mode), some in chosen.items() if some and (model == "sft") != (mode == main)]
     answers = [(name, [row.correct for row in some]) for name, some in pairs]
     answers.append(("sft forbidden", [row.first_correct for row in own]))
     found = []
@@ -144,8 +163,8 @@ def _compare(chosen: dict[tuple[str, str], list[Evaluated]], round: int, split: 
         if difference:
             place = {"round": round, "split": split, "group": group, "before": name, "after": f"sft {main}"}
             interval = {"ci95": [difference.low, difference.high]}
-            figures = {key: value for key, value in asdict(difference).items() if key not in ("low", "high")}
-            found.append(place | figures | interval)
+            counts = {key: value for key, value in asdict(difference).items() if key not in ("low", "high")}
+            found.append(place | counts | interval)
     return found
 
 

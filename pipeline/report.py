@@ -177,8 +177,7 @@ def render(page: Page) -> str:
     metrics = page.metrics
     last = max((one["round"] for one in metrics["rounds"]), default=0)
     mode_of = {one["round"]: one["mode"] for one in metrics["rounds"]}
-    with_undo = [row for row in metrics["evaluations"] if row["mode"] != "forbidden"]
-    main = [row for row in with_undo if row["mode"] == mode_of[row["round"]]]
+    main = [row for row in metrics["evaluations"] if row["mode"] == mode_of[row["round"]]]
     now = [row for row in main if row["round"] == last]
     families = [group for group in dict.fromkeys(row["group"] for row in now) if group not in KINDS]
     comparisons = [one for one in metrics["comparisons"] if one["round"] == last]
@@ -191,9 +190,9 @@ def render(page: Page) -> str:
         splits=[split for split in ("test", "ood") if any(row["split"] == split for row in now)],
         families=families,
         mode=mode_of.get(last),
-        modes=list(dict.fromkeys(row["mode"] for row in with_undo if row["round"] == last)),
+        modes=list(dict.fromkeys(row["mode"] for row in metrics["evaluations"] if row["round"] == last)),
         main=_finder(main, "round", "model", "split", "group"),
-        in_mode=_finder(with_undo, "round", "model", "mode", "split", "group"),
+        in_mode=_finder(metrics["evaluations"], "round", "model", "mode", "split", "group"),
         probe=_finder(metrics["probes"], "round", "model", "group"),
         worded=[in_words(one) for one in comparisons if _is_told(one)],
         comparisons=comparisons,

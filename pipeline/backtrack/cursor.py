@@ -13,10 +13,37 @@ from typing import Literal, NamedTuple, get_args
 from pipeline.backtrack.tree import Rewinding
 from pipeline.backtrack.undo import UndoRule, UndoStream, apply_undo
 
-Mode = Literal["soft", "rewind", "forbidden"]
+Mode = Literal["soft", "rewind", "forbidden", "guided"]
+SignalKind = Literal["probability", "margin", "entropy", "repeat", "score"]
 Finish = Literal["stop", "length"]
 
 _NONE: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What asks for U in mode `guided`, behind each id that was chosen; actors/signals.py computes it.
+
+    Raises:
+        ValueError: an unknown kind, or a value out of its bounds.
+    """
+
+    kind: SignalKind = "probability"
+    """`probability` of the id itself, `margin` between the two best ids, `entropy` of the choice in nats, `repeat` of the last
+    ids in what was written before, `score` by a learned judge."""
+    threshold: float = 0.3
+    """U is due above it for `entropy`, below it for the others; `repeat` has none."""
+    ngram: int = 8
+    """How many ids `repeat` compares."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(SignalKind):
+            raise ValueError(f"signal kind must be one of {', '.join(get_args(SignalKind))}, is {self.kind!r}")
+        if not math.isfinite(self.threshold) or (self.kind in ("probability", "margin") and not 0 <= self.threshold <= 1):
+            bounds = "lie in 0 .. 1" if self.kind in ("probability", "margin") else "be finite"
+            raise ValueError(f"signal threshold must {bounds} for kind {self.kind}, is {self.threshold}")
+        if self.ngram < 1:
+            raise ValueError(f"signal ngram must be at least 1, is {self.ngram}")
 
 
 @dataclass(frozen=True)
@@ -28,7 +55,8 @@ class Decoding:
     """
 
     mode: Mode
-    """`rewind`: deleted tokens are gone; `soft`: the model sees all that was emitted; `forbidden`: no undo at all."""
+    """`rewind`: deleted tokens are gone; `soft`: the model sees all that was emitted; `forbidden`: no undo at all; `guided`: as
+    `rewind`, but what the model says of U counts for nothing: U stands exactly where `signal` asks for it."""
     temperature: float
     """0 is greedy."""
     top_p: float
@@ -49,6 +77,8 @@ class Decoding:
     """Undo tokens a sample; from then on U is forbidden."""
     max_undos_per_state: int = 4
     """Returns to one state; from then on U is forbidden wherever it would return there."""
+    signal: Signal | None = None
+    """For mode `guided`, which needs it."""
 
     def __post_init__(self) -> None:
         for name, kinds in (("mode", Mode), ("rewinding", Rewinding)):
@@ -67,10 +97,12 @@ class Decoding:
             raise ValueError(f"threshold must lie in 0 .. 1 or be None, is {self.threshold}")
         if not math.isfinite(self.undo_bias) or (self.undo_bias and self.threshold is not None):
             raise ValueError(f"undo_bias must be finite, and 0 beside a threshold, is {self.undo_bias}")
+        if self.mode == "guided" and not isinstance(self.signal, Signal):
+            raise ValueError(f"mode guided needs a Signal, signal is {self.signal!r}")
 
     @property
     def defers(self) -> bool:
-        """Whether a run of U's is seen until it ends."""
+        """Whether a run of U's is seen until it ends. A signal asks for one U at a time, so there is no run to see."""
         return self.mode == "rewind" and self.rewinding == "deferred" and self.rule.unit == "token"
 
     @property
@@ -110,9 +142,9 @@ class Decoded:
     """What the reader sees."""
     logprobs: tuple[float, ...]
     """[n] At temperature 1, bans renormalised and `undo_bias` applied; a forced id's is the model's for it. A U that the
-    threshold decided was certain: 0."""
+    threshold or the signal decided was certain: 0."""
     banned: tuple[frozenset[int], ...]
-    """[n] What was renormalised away. Empty for a U that the threshold decided, whose rival is the threshold alone."""
+    """[n] What was renormalised away. Empty for a U that the threshold or the signal decided, which has no rival."""
     undos: int
     """U's emitted, no-ops included."""
     noops: int
@@ -165,7 +197,8 @@ class Cursor:
         self._decoding, self._vocab_size = decoding, vocab_size
         self._forced = request.forced_ids
         self._undo_id, self._undo_alone = undo_id, frozenset({undo_id})
-        self._defers, self._decided = decoding.defers, decoding.threshold is not None
+        self._guided = decoding.mode == "guided"
+        self._defers, self._decided = decoding.defers, self._guided or decoding.threshold is not None
         self._ids: list[int] = []
         self._logprobs: list[float] = []
         self._bans: list[frozenset[int]] = []
@@ -177,6 +210,8 @@ class Cursor:
         self._gone: list[_Push] = []  # what that run has deleted, the earliest last
         self._behind_run = False
         self._capped = False  # whether any state has been returned to as often as it may
+        self._fresh = False  # whether the last id emitted stands on the stack: not when it was U
+        self._doubted = False
         self._settle()
 
     @property
@@ -207,6 +242,11 @@ class Cursor:
         return tuple(self._ids[count:])
 
     @property
+    def surviving(self) -> tuple[int, ...]:
+        """What the reader sees so far."""
+        return self._stream.surviving
+
+    @property
     def in_run(self) -> bool:
         """Whether the model sees U's of a deferred run: what is chosen now either continues it or ends it."""
         return self._run > 0
@@ -221,8 +261,19 @@ class Cursor:
         """Ids forbidden now. Never the whole vocabulary. For a forced id nothing is, but for the U behind a deferred run."""
         return self._banned
 
+    @property
+    def asks(self) -> bool:
+        """Whether the signal is to be asked about the last id: it can be taken back, and nothing else must come next."""
+        return self._guided and self._fresh and self._may_undo and self.forced is None and self.finish is None
+
+    def doubt(self) -> None:
+        """The signal wants the last id taken back: U is next. Of no effect where `asks` is false."""
+        self._doubted = self.asks
+
     def decides(self, p_undo: float) -> bool | None:
         """Whether U is emitted now, given P(U) at temperature 1 before any ban. None: it is sampled, if `banned` has it not."""
+        if self._guided:
+            return self._doubted
         threshold = self._decoding.threshold
         return None if threshold is None else self._may_undo and p_undo > threshold
 
@@ -249,15 +300,19 @@ class Cursor:
             return before - len(self._seen)
         forced = self.forced
         certain = self._decided and token == self._undo_id and forced is None
-        allowed = self._may_undo if certain else token not in self._banned and forced in (None, token)
+        if certain:
+            allowed = self._doubted if self._guided else self._may_undo
+        else:
+            allowed = token not in self._banned and forced in (None, token)
         if not allowed:
             raise ValueError(f"id {token} is not allowed behind {self._ids}")
         self._ids.append(token)
         self._logprobs.append(0.0 if certain else logprob)
         self._bans.append(_NONE if certain else self._banned)
-        self._behind_run = False
+        self._behind_run = self._doubted = False
         deleted = self._stream.take(token)
-        if deleted < 0:
+        self._fresh = deleted < 0
+        if self._fresh:
             self._seen.append(token)
             self._path.append(_Push(self._state, token, logprob, alternative))
             child = self._state.children.get(token)

@@ -1,5 +1,7 @@
 """Stage `evaluate`: start model, clean control and fine-tuned model on the same problems, with undo in every mode and with undo
 forbidden, and P(undo) in wrong and right states. Every row is kept, so that any two models can be compared later.
+
+The main mode decodes every split; the others, which are there to be set beside it, the test split.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import exp
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Features, Value
 from datasets import List as ListOf
@@ -16,9 +18,10 @@ from datasets import List as ListOf
 from actors.engines import Completion, Request, Sampling
 from actors.judge import judge_rows
 from actors.probe import ProbeRow
-from pipeline.backtrack.cursor import DecodeRequest, Decoding, Mode
+from pipeline.backtrack.cursor import DecodeRequest, Decoding, Mode, Signal
 from pipeline.backtrack.undo import apply_undo
-from pipeline.metrics import Evaluated, Probed, accepted, summarise
+from pipeline.config import Settings
+from pipeline.metrics import Evaluated, Probed, accepted, summarise, tokens_table
 from pipeline.stages.io import Codec, read_problems, write_json, write_rows
 from pipeline.stages.rollouts import context_length, row_seed, within_context
 from pipeline.stages.sft import CONTROL
@@ -82,7 +85,8 @@ def run(context: Context) -> None:
     chosen = [chosen[i] for i in fits]
     models = _models(context)
     rows: list[Evaluated] = []
-    with context.terminal.stage("evaluate", len(models) * len(asked.modes) * len(chosen)) as progress:
+    beside = (len(asked.modes) - 1) * sum(problem.split == "test" for problem in chosen)
+    with context.terminal.stage("evaluate", len(models) * (len(chosen) + beside)) as progress:
         for model in models:
             progress.advance(0, model.name)
             rows += _evaluate(context, model, chosen, codec, lambda count, tokens: progress.advance(count))
@@ -93,6 +97,8 @@ def run(context: Context) -> None:
     write_rows([asdict(row) for row in probes], PROBES, context.out / "probes")
     main = asked.modes[0]
     metrics = summarise(rows, probes, context.round, asked.temperature, main)
+    for line in tokens_table(metrics["evaluations"]):
+        context.terminal.info(line)
     metrics |= {"accepted": accepted(rows, main), "mode": main}
     write_json(metrics, context.out / "metrics.json")
     if not metrics["accepted"]:
@@ -120,19 +126,24 @@ def _evaluate(
     context: Context, model: Model, problems: Sequence[Problem], codec: Codec, on_rows: Callable[[int, int], None]
 ) -> list[Evaluated]:
     asked = context.settings.evaluate
-    written = {mode: _decode(context, model, problems, codec, mode, False, on_rows) for mode in asked.modes}
     main = asked.modes[0]
+    of_mode = {mode: [i for i, p in enumerate(problems) if mode == main or p.split == "test"] for mode in asked.modes}
+    written = {mode: _decode(context, model, [problems[i] for i in of_mode[mode]], codec, mode, on_rows) for mode in asked.modes}
     # First tries come from the engine of the main mode with the same seeds, so that undo alone makes a difference. Without an
     # undo token a row is its own first try, unless U was among the ids that were drawn from.
-    drawn = asked.temperature > 0 and (main == "soft" or context.settings.decode.threshold is None)
+    drawn = asked.temperature > 0 and (main == "soft" or (main == "rewind" and context.settings.decode.threshold is None))
     again = [i for i, done in enumerate(written[main]) if drawn or codec.rule.undo_id in done.token_ids]
-    tried = _decode(context, model, [problems[i] for i in again], codec, main, True)
+    decode_first = _generate if main == "soft" else _decode
+    tried = decode_first(context, model, [problems[i] for i in again], codec, "forbidden")
     first = dict(enumerate(written[main])) | dict(zip(again, tried, strict=True))
     return [
-        _row(model.name, mode, problem, done, first[i], codec)
+        evaluated(model.name, mode, problems[i], done, first[i], codec)
         for mode, rows in written.items()
-        for i, (problem, done) in enumerate(zip(problems, rows, strict=True))
+        for i, done in zip(of_mode[mode], rows, strict=True)
     ]
+
+
+def _silent(rows: int, tokens: int) -> None: ...
 
 
 def _decode(
@@ -140,31 +151,48 @@ def _decode(
     model: Model,
     problems: Sequence[Problem],
     codec: Codec,
-    mode: Literal["rewind", "soft"],
-    forbidden: bool,
-    on_rows: Callable[[int, int], None] = lambda rows, tokens: None,
+    mode: Mode,
+    on_rows: Callable[[int, int], None] = _silent,
 ) -> list[Completion]:
-    """Completions by the engine of a mode. `forbidden`: without any undo."""
-    settings = context.settings
-    asked, longest = settings.evaluate, context_length(context)
-    prompts = [codec.prompt_ids(problem) for problem in problems]
-    seeds = [row_seed(settings.run.seed, f"evaluate/{problem.id}") for problem in problems]
-    if mode == "rewind":
-        how: Mode = "forbidden" if forbidden else "rewind"
-        ends = (asked.temperature, asked.top_p, asked.max_tokens, codec.stop_id)
-        decoding = Decoding(how, *ends, codec.rule, **settings.decode.model_dump())
-        wanted = [DecodeRequest(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        return [
-            Completion(one.ids, (), one.finish) for one in context.workers.decode(model.folder, wanted, decoding, longest, on_rows)
-        ]
-    banned = (codec.rule.undo_id,) if forbidden else ()
+    """Completions by the engine of a mode."""
+    if mode == "soft":
+        return _generate(context, model, problems, codec, mode, on_rows)
+    decoding, longest = decoding_of(context.settings, codec, mode), context_length(context)
+    wanted = requests_of(context.settings, codec, problems)
+    return [Completion(one.ids, (), one.finish) for one in context.workers.decode(model.folder, wanted, decoding, longest, on_rows)]
+
+
+def _generate(
+    context: Context,
+    model: Model,
+    problems: Sequence[Problem],
+    codec: Codec,
+    mode: Mode,
+    on_rows: Callable[[int, int], None] = _silent,
+) -> list[Completion]:
+    """Completions by an ordinary engine: mode soft, or forbidden."""
+    settings, asked = context.settings, context.settings.evaluate
+    banned = (codec.rule.undo_id,) if mode == "forbidden" else ()
     sampling = Sampling(asked.temperature, asked.top_p, asked.max_tokens, codec.stop_id, banned)
-    requests = [Request(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-    pool = context.workers.pool(model.folder, model.version, longest)
+    requests = [Request(one.prompt_ids, one.seed) for one in requests_of(settings, codec, problems)]
+    pool = context.workers.pool(model.folder, model.version, context_length(context))
     return pool.generate(requests, sampling, settings.rollouts.batch, on_rows)[0]
 
 
-def _row(model: str, mode: str, problem: Problem, done: Completion, first: Completion, codec: Codec) -> Evaluated:
+def decoding_of(settings: Settings, codec: Codec, mode: Mode) -> Decoding:
+    """How evaluation decodes in a mode."""
+    asked, how = settings.evaluate, settings.decode
+    ends = (asked.temperature, asked.top_p, asked.max_tokens, codec.stop_id)
+    return Decoding(mode, *ends, codec.rule, **how.model_dump(exclude={"signal"}), signal=Signal(**how.signal.model_dump()))
+
+
+def requests_of(settings: Settings, codec: Codec, problems: Sequence[Problem]) -> list[DecodeRequest]:
+    """A problem has the same seed in every mode and for every model."""
+    return [DecodeRequest(codec.prompt_ids(one), row_seed(settings.run.seed, f"evaluate/{one.id}")) for one in problems]
+
+
+def evaluated(model: str, mode: str, problem: Problem, done: Completion, first: Completion, codec: Codec) -> Evaluated:
+    """A completion and its first try, judged."""
     undone = apply_undo(done.token_ids, codec.rule)
     return Evaluated(
         model=model,

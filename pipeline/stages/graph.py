@@ -124,7 +124,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "evaluate",
-        2,
+        3,
         lambda round: (_PROBLEMS, _model(round), Input("sft", round, "sft")),
         lambda s: (
             _generation(s)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from actors.decode import HfDecoder
-from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding, Mode
+from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding, Mode, Signal
 from pipeline.backtrack.layout import rewind, soft
 from pipeline.backtrack.tree import Rewinding, Walk, grow
 from pipeline.backtrack.undo import Unit
@@ -83,6 +83,71 @@ def test_equals_a_forward_for_every_decision(way: tuple[Mode, Unit, Rewinding], 
     found = check(decoding_of(*way, **how))
     if way[0] != "forbidden":
         assert sum(one.undos for one in found) > 6  # not only the forced ones
+
+
+GUIDED: list[tuple[Mode, Unit, Rewinding]] = [("guided", unit, "immediate") for unit in ("token", "step", "all")]
+SIGNALS = [Signal("probability", 0.3), Signal("margin", 0.2), Signal("entropy", 1.2), Signal("repeat", ngram=2)]
+
+
+@pytest.mark.parametrize("signal", SIGNALS, ids=lambda signal: signal.kind)
+@pytest.mark.parametrize("way", GUIDED, ids=" ".join)
+def test_guided_equals_a_forward_for_every_decision(way: tuple[Mode, Unit, Rewinding], signal: Signal) -> None:
+    for how in (SAMPLED | {"undo_bias": 50.0}, {"threshold": 0.0, "max_undos_per_state": 2}):
+        found = check(decoding_of(*way, signal=signal, **how))
+        assert sum(one.undos for one in found) > 7  # 6 of them are forced
+
+
+def test_p_of_u_changes_nothing_where_a_signal_guides() -> None:
+    """A model that wants U everywhere, and one that cannot say it, are guided alike."""
+    decoding = decoding_of(*GUIDED[1], signal=SIGNALS[0])
+    asked = [replace(request, forced_ids=()) for request in requests()]
+    found = []
+    for shift in (-30.0, 0.0, 30.0):
+        model = tiny_model("llama")
+        model.get_output_embeddings().register_forward_hook(
+            lambda module, given, logits, shift=shift: logits + shift * torch.nn.functional.one_hot(torch.tensor(U), VOCABULARY)
+        )
+        found.append(HfDecoder(model, 3, 64).decode(asked, decoding))
+    for other in found[1:]:
+        for one, same in zip(found[0], other, strict=True):
+            assert replace(one, logprobs=()) == replace(same, logprobs=())
+            assert one.logprobs == pytest.approx(same.logprobs, abs=1e-9)
+
+
+@pytest.mark.parametrize("reads", ["hidden state", "ids"])
+@pytest.mark.parametrize("way", GUIDED, ids=" ".join)
+def test_a_learned_score_guides_by_what_a_plain_forward_gives(way: tuple[Mode, Unit, Rewinding], reads: str) -> None:
+    """A linear head on the last hidden state, and a judge of the ids; the slow version computes both for each id again."""
+    model = model_of("llama")
+    head_D = torch.linspace(-1, 1, 32, dtype=torch.float64)
+
+    def of_ids(visible: tuple[int, ...]) -> float:
+        return float(sum(visible) % 5)
+
+    def scorer(hidden_BD: torch.Tensor, visible: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        assert len(hidden_BD) == len(visible) > 0
+        return hidden_BD @ head_D if reads == "hidden state" else torch.tensor([of_ids(ids) for ids in visible])
+
+    @functools.cache
+    def doubted(visible: tuple[int, ...]) -> bool:
+        if reads == "ids":
+            return of_ids(visible) < 1
+        with torch.inference_mode():
+            hidden_TD = model.model(input_ids=torch.tensor([visible]), use_cache=False).last_hidden_state[0]
+        return float(hidden_TD[-1] @ head_D) < 1
+
+    def doubts(scores: list[float], token: int, surviving: tuple[int, ...], visible: tuple[int, ...]) -> bool:
+        return doubted(visible)
+
+    decoding = decoding_of(*way, signal=Signal("score", 1.0))
+    found = HfDecoder(model, 3, 64).decode(requests(), decoding, scorer)
+    assert sum(one.undos for one in found) > 7
+    for request, one in zip(requests(), found, strict=True):
+        wanted = slow_decode(slow_logits("llama", torch.float64), VOCABULARY, request, decoding, doubts)
+        assert replace(one, logprobs=()) == replace(wanted, logprobs=())
+        assert one.logprobs == pytest.approx(wanted.logprobs, abs=1e-9)
+    with pytest.raises(ValueError, match="signal kind score needs a scorer"):
+        HfDecoder(model, 3, 64).decode(requests(), decoding)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -13,6 +13,8 @@ from pipeline.backtrack.undo import apply_undo
 
 LogitsOf = Callable[[tuple[int, ...]], Sequence[float]]
 State = tuple[int, ...]
+Doubts = Callable[[list[float], int, tuple[int, ...], tuple[int, ...]], bool]
+"""(log-probabilities of what was open, the id chosen from it, the surviving ids with it, all visible ids) -> U is due."""
 
 
 def logprobs_of(logits: Sequence[float], banned: frozenset[int], bias: float = 0.0, undo_id: int = 0) -> list[float]:
@@ -91,13 +93,40 @@ class History:
                 tried.clear()
 
 
-def slow_decode(logits_of: LogitsOf, size: int, request: DecodeRequest, decoding: Decoding) -> Decoded:
-    rule, undo_id, threshold = decoding.rule, decoding.rule.undo_id, decoding.threshold
+def doubts_of(decoding: Decoding) -> Doubts:
+    """The training-free signals, each by its definition."""
+    signal = decoding.signal
+    assert signal is not None
+    kind, threshold, ngram = signal.kind, signal.threshold, signal.ngram
+
+    def doubts(scores: list[float], token: int, surviving: tuple[int, ...], visible: tuple[int, ...]) -> bool:
+        probabilities = [math.exp(score) for score in scores]
+        best, second = sorted(probabilities)[-1], sorted(probabilities)[-2]
+        if kind == "probability":
+            return probabilities[token] < threshold
+        if kind == "margin":
+            return best - second < threshold
+        if kind == "entropy":
+            return -sum(p * math.log(p) for p in probabilities if p) > threshold
+        earlier = [surviving[start : start + ngram] for start in range(len(surviving) - ngram)]
+        return surviving[-ngram:] in earlier
+
+    return doubts
+
+
+def slow_decode(
+    logits_of: LogitsOf, size: int, request: DecodeRequest, decoding: Decoding, doubts: Doubts | None = None
+) -> Decoded:
+    rule, undo_id = decoding.rule, decoding.rule.undo_id
+    guided, threshold = decoding.mode == "guided", decoding.threshold
+    if guided:
+        doubts, threshold = doubts or doubts_of(decoding), 2.0  # P(U) is never above it
     uniforms = uniforms_of(request, decoding)
     ids: list[int] = []
     logprobs: list[float] = []
     alternatives: list[float] = []
     banned: list[frozenset[int]] = []
+    doubted = False
     none, undo_alone = frozenset[int](), frozenset({undo_id})
 
     def emit(token: int, scores: list[float], bans: frozenset[int], certain: bool = False) -> None:
@@ -116,6 +145,7 @@ def slow_decode(logits_of: LogitsOf, size: int, request: DecodeRequest, decoding
     while len(ids) < decoding.max_tokens and not (ids and ids[-1] == decoding.stop_id):
         forced = request.forced_ids[len(ids)] if len(ids) < len(request.forced_ids) else None
         uniform = uniforms[len(ids)]
+        last_doubted, doubted = doubted, False
         surviving, run = apply_undo(ids, rule).surviving, run_behind(ids, decoding)
         if run and (forced == undo_id or forced is None and may_undo(ended=False)):
             logits = logits_of(request.prompt_ids + apply_undo(ids[:-run], rule).surviving + (undo_id,) * run)
@@ -128,11 +158,22 @@ def slow_decode(logits_of: LogitsOf, size: int, request: DecodeRequest, decoding
                 emit(undo_id, scores, none, forced is None and threshold is not None)
                 continue
         logits = logits_of(request.prompt_ids + (tuple(ids) if decoding.mode == "soft" else surviving))
+
+        def is_doubted(token: int, bans: frozenset[int], before: State = surviving, logits: Sequence[float] = logits) -> bool:
+            if doubts is None or token == undo_id:
+                return False
+            open_scores = logprobs_of(logits, bans | undo_alone)
+            return doubts(open_scores, token, (*before, token), (*request.prompt_ids, *before, token))
+
         if forced is not None:
             bans = undo_alone if run else none
             emit(forced, logprobs_of(logits, bans, decoding.undo_bias, undo_id), bans)
+            doubted = is_doubted(forced, bans)
             continue
         allowed = not run and may_undo(ended=True)
+        if allowed and last_doubted:
+            emit(undo_id, logprobs_of(logits, none), none, True)
+            continue
         if allowed and threshold is not None and math.exp(logprobs_of(logits, none)[undo_id]) > threshold:
             emit(undo_id, logprobs_of(logits, none), none, True)
             continue
@@ -140,6 +181,7 @@ def slow_decode(logits_of: LogitsOf, size: int, request: DecodeRequest, decoding
         bans = frozenset(history.tried[surviving]) | (none if allowed and threshold is None else undo_alone)
         scores = logprobs_of(logits, bans, decoding.undo_bias, undo_id)
         emit(choose(scores, decoding, uniform[0]), scores, bans)
+        doubted = is_doubted(ids[-1], bans)
     undone = apply_undo(ids, rule)
     finish: Finish = "stop" if ids[-1] == decoding.stop_id else "length"
     return Decoded(tuple(ids), undone.surviving, tuple(logprobs), tuple(banned), undone.undos, undone.noops, finish)

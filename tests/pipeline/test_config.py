@@ -105,7 +105,22 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
         ("sft: {dtype: float16}", [], "sft.dtype (set in FILE): should be 'float32' or 'bfloat16', not 'float16'"),
         ("evaluate: {modes: []}", [], "evaluate.modes (set in FILE): List should have at least 1 item"),
         ("evaluate: {modes: [soft, soft]}", [], "evaluate.modes (set in FILE): must name each mode once, not ['soft', 'soft']"),
-        ("evaluate: {modes: [forbidden]}", [], "evaluate.modes.0 (set in FILE): should be 'rewind' or 'soft', not 'forbidden'"),
+        (
+            "evaluate: {modes: [forbidden]}",
+            [],
+            "evaluate.modes.0 (set in FILE): should be 'rewind', 'soft' or 'guided', not 'forbidden'",
+        ),
+        (
+            "decode: {signal: {kind: luck}}",
+            [],
+            "decode.signal.kind (set in FILE): should be 'probability', 'margin', 'entropy' or 'repeat', not 'luck'",
+        ),
+        (
+            "",
+            ["decode.signal.threshold=1.5"],
+            "decode.signal (set in the command line): threshold must lie in 0 .. 1 for kind probability, is 1.5",
+        ),
+        ("decode: {signal: {ngram: 0}}", [], "decode.signal.ngram (set in FILE): should be greater than or equal to 1"),
     ],
 )
 def test_wrong_settings(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:

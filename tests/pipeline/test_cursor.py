@@ -6,15 +6,15 @@ import functools
 import math
 import random
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.backtrack.cursor import Cursor, Decoded, DecodeRequest, Decoding
+from pipeline.backtrack.cursor import Cursor, Decoded, DecodeRequest, Decoding, Signal
 from pipeline.backtrack.undo import UndoRule, Unit, apply_undo
-from tests.pipeline.slow_decode import alternative_of, choose, logprobs_of, run_behind, slow_decode, uniforms_of
+from tests.pipeline.slow_decode import alternative_of, choose, doubts_of, logprobs_of, run_behind, slow_decode, uniforms_of
 
 U, END, STOP, SIZE = 5, 3, 0, 6
 NONE = frozenset[int]()
@@ -58,6 +58,10 @@ def drive(request: DecodeRequest, decoding: Decoding) -> Decoded:
         emitted = cursor.emitted
         lost = cursor.take(token, scores[token], alternative_of(scores, token, U))
         ids += [token] * (cursor.emitted - emitted)
+        if cursor.asks and doubts_of(decoding)(
+            logprobs_of(logits, banned | {U}), token, apply_undo(ids, decoding.rule).surviving, cursor.visible
+        ):
+            cursor.doubt()
         # Some go from the end, or one comes, or nothing happens: only the last id is ever new to a cache.
         now, kept = cursor.visible, len(seen) - lost
         assert now[:kept] == seen[:kept] and len(now) - kept in ((0,) if lost else (0, 1))
@@ -71,7 +75,7 @@ def assert_same(found: Decoded, wanted: Decoded, tolerance: float = 1e-9) -> Non
 
 decodings = st.builds(
     Decoding,
-    mode=st.sampled_from(["rewind", "rewind", "rewind", "soft", "forbidden"]),
+    mode=st.sampled_from(["rewind", "rewind", "rewind", "soft", "forbidden", "guided", "guided"]),
     temperature=st.sampled_from([0, 0.7, 1.5]),
     top_p=st.sampled_from([1, 0.8]),
     max_tokens=st.integers(1, 30),
@@ -82,6 +86,9 @@ decodings = st.builds(
     ban_tried=st.sampled_from([True, True, False]),
     max_undos=st.sampled_from([2, 16, 100]),
     max_undos_per_state=st.sampled_from([1, 2, 100]),
+    signal=st.builds(
+        Signal, st.sampled_from(["probability", "margin", "entropy", "repeat"]), st.sampled_from([0.2, 0.6, 1.0]), st.integers(1, 3)
+    ),
 ).flatmap(lambda one: st.sampled_from([one] if one.threshold is not None else [one, replace(one, undo_bias=1.0)]))
 requests = st.builds(
     DecodeRequest,
@@ -103,6 +110,44 @@ def test_equals_the_definition_from_the_ids(request: DecodeRequest, decoding: De
     assert not (decoding.mode == "forbidden" and U in found.ids)
     assert found.noops == apply_undo(request.forced_ids[: len(found.ids)], decoding.rule).noops
     assert chosen.count(U) <= decoding.max_undos
+
+
+@pytest.mark.parametrize("unit", ["token", "step", "all"])
+@pytest.mark.parametrize("kind", ["probability", "margin", "entropy", "repeat"])
+def test_a_signal_that_always_asks_ends_at_the_caps(unit: Unit, kind: Any) -> None:
+    """The caps hold, and what they leave goes on without undos to the end."""
+    signal = Signal(kind, threshold=0.0 if kind == "entropy" else 1.0, ngram=1)
+    guided = replace(PLAIN, mode="guided", rule=rule(unit), signal=signal, max_tokens=60, max_undos=9, max_undos_per_state=3)
+    found = [drive(DecodeRequest((4, seed), 0), guided) for seed in range(5)]
+    assert all(one.finish == "stop" or len(one.ids) == 60 for one in found)
+    assert 3 <= max(one.undos for one in found) <= 9
+
+
+def test_what_the_model_says_of_u_counts_for_nothing_where_a_signal_guides() -> None:
+    guided = replace(PLAIN, mode="guided", signal=Signal("probability", 0.5), threshold=0.1)
+    cursor = cursor_at((1, 2), guided)
+    assert cursor.asks and cursor.decides(0.99) is False and cursor.banned() == {U}
+    with pytest.raises(ValueError, match=f"id {U} is not allowed"):
+        cursor.take(U, -1)
+    cursor.doubt()
+    assert cursor.decides(0.0) is True
+    assert cursor.take(U, -9) == 1 and cursor.visible == (4, 1)
+    assert (cursor.result().logprobs[-1], cursor.result().banned[-1]) == (0, NONE)  # it was certain
+    assert cursor.banned() == {2, U}
+    cursor.doubt()  # what stands now has been asked about before
+    assert not cursor.asks and not cursor.decides(0.99)
+    cursor.take(3, -1)
+    assert cursor.asks and not cursor.decides(0.99)  # a doubt does not outlive the id it was about
+
+
+def test_forced_ids_and_the_end_are_not_asked_about() -> None:
+    guided = replace(PLAIN, mode="guided", signal=Signal())
+    cursor = Cursor(DecodeRequest((4,), 0, (1, 2)), guided, SIZE)
+    asked = []
+    for token in (1, 2, STOP):
+        cursor.take(token, -1)
+        asked.append(cursor.asks)
+    assert asked == [False, True, False]  # behind the first the second must come, behind the last nothing comes
 
 
 @settings(deadline=None, max_examples=100)
@@ -210,7 +255,8 @@ def test_an_id_that_is_not_allowed_is_refused() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"mode": "hard"}, "mode must be one of soft, rewind, forbidden, is 'hard'"),
+        ({"mode": "hard"}, "mode must be one of soft, rewind, forbidden, guided, is 'hard'"),
+        ({"mode": "guided"}, "mode guided needs a Signal, signal is None"),
         ({"rewinding": "later"}, "rewinding must be one of immediate, deferred, is 'later'"),
         ({"temperature": -0.1}, "temperature must be 0 or more, is -0.1"),
         ({"temperature": math.nan}, "temperature must be 0 or more, is nan"),
@@ -227,6 +273,17 @@ def test_an_id_that_is_not_allowed_is_refused() -> None:
 def test_a_wrong_setting_is_named(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         Decoding(**{name: getattr(PLAIN, name) for name in asdict(PLAIN)} | wrong)
+
+
+def test_a_wrong_signal_is_named() -> None:
+    with pytest.raises(ValueError, match="signal kind must be one of probability, margin, entropy, repeat, score, is 'luck'"):
+        Signal(cast(Any, "luck"))
+    with pytest.raises(ValueError, match=r"signal threshold must lie in 0 \.\. 1 for kind margin, is 1\.5"):
+        Signal("margin", 1.5)
+    with pytest.raises(ValueError, match="signal threshold must be finite for kind score, is nan"):
+        Signal("score", math.nan)
+    with pytest.raises(ValueError, match="signal ngram must be at least 1, is 0"):
+        Signal("repeat", ngram=0)
 
 
 def test_a_wrong_request_is_named() -> None:

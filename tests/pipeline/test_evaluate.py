@@ -18,9 +18,18 @@ from actors import learner
 from actors.decode import HfDecoder
 from actors.engines import Completion, HfEngine, Request, Sampling
 from actors.probe import probe
-from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
+from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding, Signal
 from pipeline.backtrack.embedding import add_undo_token
-from pipeline.config import DecodeSettings, EngineSettings, EvaluateSettings, RolloutSettings, ScratchModel, Settings, SyntheticTask
+from pipeline.config import (
+    DecodeSettings,
+    EngineSettings,
+    EvaluateSettings,
+    RolloutSettings,
+    ScratchModel,
+    Settings,
+    SignalSettings,
+    SyntheticTask,
+)
 from pipeline.config import UndoSettings as Undo
 from pipeline.stages import evaluate
 from pipeline.stages.base import new_model, train_tokenizer
@@ -40,12 +49,13 @@ SHARED: dict[str, Any] = {"ban_tried": True, "max_undos": 6, "max_undos_per_stat
 
 def settings_of(**evaluate: Any) -> Settings:
     decode = {name: evaluate.pop(name) for name in list(evaluate) if name in DecodeSettings.model_fields}
+    unit = evaluate.pop("unit", "token")
     return Settings(
         engine=EngineSettings(kind="hf", max_prompt=400, max_num_seqs=8),
         rollouts=RolloutSettings(max_tokens=MAX_TOKENS),
         decode=DecodeSettings(**{"threshold": 0.01, "max_undos": 6, "max_undos_per_state": 3} | decode),
         evaluate=EvaluateSettings(max_tokens=MAX_TOKENS, **evaluate),
-        undo=Undo(unit="token"),
+        undo=Undo(unit=unit),
     )
 
 
@@ -81,6 +91,7 @@ class _Terminal:
         yield _Progress()
 
     def warn(self, text: str) -> None: ...
+    def info(self, text: str) -> None: ...
 
 
 @dataclass
@@ -130,7 +141,7 @@ def evaluated(inputs: dict[str, Path], out: Path, settings: Settings) -> list[di
             workers=LocalWorkers(learner._Learner("")),
         )
         evaluate.run(cast(Context, context))
-    assert loaded == ([inputs["model"], inputs["sft"]] if "rewind" in settings.evaluate.modes else [])
+    assert loaded == ([inputs["model"], inputs["sft"]] if {"rewind", "guided"} & set(settings.evaluate.modes) else [])
     return [dict(row) for row in load_from_disk(out)]
 
 
@@ -168,10 +179,33 @@ def test_modes_share_the_first_tries_of_the_main_one(inputs: dict[str, Path], tm
     asked = {"both": ["rewind", "soft"], "soft": ["soft"]}
     rows = {name: evaluated(inputs, tmp_path / name, settings_of(modes=modes)) for name, modes in asked.items()}
     kinds = [(row["model"], row["mode"]) for row in rows["both"]]
-    assert kinds == [(a, b) for a in ("base", "sft") for b in ("rewind", "soft") for _ in EVALUATED]
+    test = [problem for problem in EVALUATED if problem.split == "test"]  # other modes are measured on it alone
+    assert kinds == [(a, b) for a in ("base", "sft") for b, some in (("rewind", EVALUATED), ("soft", test)) for _ in some]
     first = {mode: [row["first_token_ids"] for row in rows["both"] if row["mode"] == mode] for mode in ("rewind", "soft")}
-    assert first["rewind"] == first["soft"] == [row["first_token_ids"] for row in rows["soft"]]  # greedy: any engine agrees
-    assert [row for row in rows["both"] if row["mode"] == "soft"] == rows["soft"]
+    assert first["rewind"] == [row["first_token_ids"] for row in rows["soft"]]  # greedy: any engine agrees
+    assert first["soft"] == [row["first_token_ids"] for row in rows["soft"] if row["split"] == "test"]
+    assert [row for row in rows["both"] if row["mode"] == "soft"] == [row for row in rows["soft"] if row["split"] == "test"]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_guided_rows_are_those_of_the_decoder(inputs: dict[str, Path], tmp_path: Path, temperature: float) -> None:
+    """As the main mode and beside another one; a row without an undo is its own first try."""
+    signal = SignalSettings(kind="probability", threshold=0.2)
+    rows = {
+        main: evaluated(inputs, tmp_path / main, settings_of(temperature=temperature, modes=modes, signal=signal, unit="step"))
+        for main, modes in (("guided", ["guided"]), ("rewind", ["rewind", "guided"]))
+    }
+    codec = Codec(inputs["model"], Undo(unit="step"), "{question}\n")
+    ends = (temperature, 1.0, MAX_TOKENS, codec.stop_id)
+    guided = Decoding("guided", *ends, codec.rule, **SHARED, threshold=0.01, signal=Signal("probability", 0.2))
+    for model, folder in (("base", inputs["model"]), ("sft", inputs["sft"])):
+        mine = [row for row in rows["guided"] if row["model"] == model]
+        assert [tuple(row["token_ids"]) for row in mine] == decoded(folder, codec, guided)
+        assert [tuple(row["first_token_ids"]) for row in mine] == decoded(folder, codec, replace(guided, mode="forbidden"))
+        beside = [row for row in rows["rewind"] if (row["model"], row["mode"]) == (model, "guided")]
+        test = [row for row in mine if row["split"] == "test"]
+        assert [row["token_ids"] for row in beside] == [row["token_ids"] for row in test]
+    assert sum(row["undos"] > 0 for row in rows["guided"]) > 0
 
 
 def spurious(unit: str, folder: Path, *pieces: str | int) -> int:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.metrics import Evaluated, Probed, accepted, summarise
+from pipeline.metrics import Evaluated, Probed, accepted, summarise, tokens_table
 from pipeline.statistics import auroc, paired, share
 
 scores = st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), max_size=12)
@@ -94,7 +94,7 @@ def row(model: str, number: int, first: bool, last: bool, **more: Any) -> Evalua
         correct=last,
         first_correct=first,
         token_ids=(),
-        first_token_ids=(),
+        first_token_ids=(1, 2, 3),
         **given,
     )
 
@@ -137,13 +137,29 @@ def test_figures_of_hand_made_rows() -> None:
     assert (found["undo_rate"], found["undos_per_problem"], found["spurious_undo_rate"]) == (0.75, 1.5, 0.5)
     assert (found["noop_undos"], found["tokens_per_problem"], found["cut_at_max_tokens"]) == (2, 25, 1)
     forbidden = only(evaluations, model="sft", split="test", group="all", mode="forbidden")
-    assert (forbidden["n"], forbidden["accuracy"]) == (4, 0.5)
+    assert (forbidden["n"], forbidden["accuracy"], forbidden["first_try_accuracy"]) == (4, 0.5, 0.5)
+    assert (forbidden["tokens_per_problem"], forbidden["undo_rate"], forbidden["wrong_to_right"]) == (3, 0, 0)
     hindsight = only(evaluations, model="sft", split="test", group="hindsight", mode="rewind")
     assert (hindsight["n"], hindsight["accuracy"], hindsight["wrong_to_right"]) == (2, 1, 1)
     boxes = only(evaluations, model="sft", split="test", group="boxes", mode="rewind")
     assert {**boxes, "group": ""} == {**hindsight, "group": ""}
     absent = only(evaluations, model="sft", split="dev", group="hindsight", mode="rewind")
     assert absent["n"] == 0 and absent["accuracy"] is absent["ci95"] is absent["undo_rate"] is None
+
+
+def test_a_mode_has_figures_on_the_splits_it_was_measured_on() -> None:
+    rows = [*ROWS, *(row("sft", number, True, True, mode="guided", tokens=70) for number in range(4))]
+    evaluations = summarise(rows, [], 1, 0.0, "rewind")["evaluations"]
+    assert {one["split"] for one in evaluations if one["mode"] == "guided"} == {"test"}
+    table = tokens_table(evaluations)
+    assert [line.split()[:2] for line in table[1:]] == [
+        [model, mode]
+        for model in ("base", "sft")
+        for mode in ("rewind", "guided", "forbidden")
+        if (model, mode) != ("base", "guided")
+    ]
+    assert "sft            guided        1.000 0.510 .. 1.000     70.0      0.000     0.000" in table
+    assert tokens_table([]) == []
 
 
 def test_comparisons_of_hand_made_rows() -> None:

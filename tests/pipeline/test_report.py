@@ -306,7 +306,7 @@ class TestPage:
             assert f"right on {percent(sum(right) / len(right))} of 80 test problems" in lead
             assert f"itself in mode “{modes[1]}”" in html and f"itself in mode “{modes[0]}”" not in html
             table = html[html.index("Mode by mode") : html.index("</table>", html.index("Mode by mode"))]
-            assert re.findall(r'<tr><th scope="row">(\w+)', table) == list(modes) * 3
+            assert re.findall(r'<tr><th scope="row">(\w+)', table) == [*modes, "forbidden"] * 3
             parsed(html)
 
     def test_the_page_says_how_it_was_decoded(self) -> None:
@@ -314,6 +314,9 @@ class TestPage:
         assert "gone from the model's context, undo written exactly where its probability is above 0.7 and what was taken" in html
         sampled = DecodeSettings(threshold=None, ban_tried=False)
         assert "gone from the model's context (mode “rewind”)." in render(page(decode=sampled))
+        guided = render(page(evaluated(modes=("rewind", "guided"))))
+        assert "where the probability of the token just written is below 0.3" in guided and "with undo forbidden, first" in guided
+        parsed(guided)
         alone = render(page(evaluated(modes=("soft",))))
         assert "still in the model's context (mode “soft”)." in alone
         assert "Mode by mode" not in alone and "rewind" not in alone
