@@ -7,6 +7,7 @@ the cursors by number in this process, so the engine has to run in this process 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -98,11 +99,27 @@ class UndoProcessor(LogitsProcessor):
         logits[places] = allowed_BV.to(logits.dtype)
 
 
+@dataclass
+class PrefixHits:
+    """Tokens of requests that came again behind an undo."""
+
+    asked: int = 0
+    cached: int = 0
+    """Of them, what vLLM took from its prefix cache; whole blocks alone are cached."""
+
+    @property
+    def rate(self) -> float | None:
+        """None before any request came again."""
+        return self.cached / self.asked if self.asked else None
+
+
 class VllmDecoder:
     """Decodes with an `LLM` that was made with UndoProcessor among its `logits_processors`, in this process."""
 
     def __init__(self, llm: Any, vocab_size: int) -> None:
         self._llm, self._vocab_size = llm, vocab_size
+        self.prefix_hits = PrefixHits()
+        """Of all decodes so far."""
 
     def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding) -> list[Decoded]:
         """One result a request, in the order of the requests. All rewinds of a round go into one call.
@@ -124,6 +141,9 @@ class VllmDecoder:
                 outputs = self._llm.generate(prompts, params, use_tqdm=False)
                 for number, output in zip(waiting, outputs, strict=True):
                     lives[number].catch_up(output.outputs[0].token_ids)
+                    if round:
+                        self.prefix_hits.asked += len(output.prompt_token_ids)
+                        self.prefix_hits.cached += output.num_cached_tokens or 0
                 round += 1
         finally:
             for number in lives:

@@ -78,7 +78,7 @@ def run(context: Context) -> None:
     asked = settings.evaluate
     problems = read_problems(context.inputs["problems"])
     chosen = [
-        p for split, most in (("test", asked.test), ("dev", asked.dev), ("ood", asked.ood)) for p in _first(problems, split, most)
+        p for split, most in (("test", asked.test), ("dev", asked.dev), ("ood", asked.ood)) for p in first_of(problems, split, most)
     ]
     prompts = [codec.prompt_ids(problem) for problem in chosen]
     fits, too_long = within_context(context, chosen, prompts)
@@ -106,7 +106,7 @@ def run(context: Context) -> None:
     context.counts.update(rows=len(rows), models=len(models), problems=len(chosen), probes=len(probes), prompt_too_long=too_long)
 
 
-def _first(problems: Sequence[Problem], split: str, most: int | None) -> list[Problem]:
+def first_of(problems: Sequence[Problem], split: str, most: int | None) -> list[Problem]:
     """Evenly spread over the split, so that every family is there."""
     of_split = [problem for problem in problems if problem.split == split]
     if most is None or most >= len(of_split):

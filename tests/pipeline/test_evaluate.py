@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import torch
 from datasets import load_from_disk
 from transformers import AutoModelForCausalLM
 
@@ -19,31 +18,24 @@ from actors.decode import HfDecoder
 from actors.engines import Completion, HfEngine, Request, Sampling
 from actors.probe import probe
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding, Signal
-from pipeline.backtrack.embedding import add_undo_token
 from pipeline.config import (
     DecodeSettings,
     EngineSettings,
     EvaluateSettings,
     RolloutSettings,
-    ScratchModel,
     Settings,
     SignalSettings,
-    SyntheticTask,
 )
 from pipeline.config import UndoSettings as Undo
 from pipeline.stages import evaluate
-from pipeline.stages.base import new_model, train_tokenizer
-from pipeline.stages.io import Codec, write_rows
-from pipeline.stages.problems import FEATURES
+from pipeline.stages.io import Codec
 from pipeline.stages.rollouts import row_seed
 from pipeline.stages.stage import Context
-from pipeline.tasks import synthetic
 from pipeline.tasks.problem import Problem
+from tests.pipeline.saved import CONTEXT, PROBLEMS, save_problems_and_models
 
-TASK = SyntheticTask(train=8, dev=8, test=8, ood=8)
-PROBLEMS = list(synthetic.load(TASK, seed=0))
 EVALUATED = [problem for split in ("test", "dev", "ood") for problem in PROBLEMS if problem.split == split]
-MAX_TOKENS, CONTEXT = 24, 512
+MAX_TOKENS = 24
 SHARED: dict[str, Any] = {"ban_tried": True, "max_undos": 6, "max_undos_per_state": 3, "rewinding": "deferred"}
 
 
@@ -61,23 +53,8 @@ def settings_of(**evaluate: Any) -> Settings:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two models of one tokenizer whose random weights are far from even, so that undo is now likely and now not."""
     folder = tmp_path_factory.mktemp("evaluate")
-    write_rows([vars(problem) for problem in PROBLEMS], FEATURES, folder / "problems")
-    for seed, name in enumerate(("model", "sft")):
-        tokenizer = train_tokenizer([f"{problem.question}\n{problem.solution}" for problem in PROBLEMS], 320)
-        model: Any = new_model(ScratchModel(layers=2, width=32, heads=2, vocab=320, context=CONTEXT), tokenizer, seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(6)
-        undo = Undo()
-        undo_id = add_undo_token(model, tokenizer, undo.token, undo.init, undo.words, undo.description, undo.noise, seed)
-        with torch.no_grad():
-            row = model.get_input_embeddings().weight
-            row[undo_id] = row[2:undo_id].mean(0) * 12 + row[7 + seed]  # else so small that its probability hardly varies
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return {name: folder / name for name in ("problems", "model", "sft")}
+    return save_problems_and_models({name: folder / name for name in ("problems", "model", "sft")})
 
 
 class _Progress:

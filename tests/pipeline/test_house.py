@@ -17,7 +17,7 @@ FLOORS = {
     "actors": 3,
     **dict.fromkeys(("card", "report", "stages"), 4),
     "runner": 5,
-    "cli": 6,
+    **dict.fromkeys(("cli", "calibrate"), 6),
     "run": 7,
 }
 TOP_LEVEL = {
