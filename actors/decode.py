@@ -155,7 +155,8 @@ class HfDecoder:
             decoding, detector = asked[0].decoding, some[0].detector
             if detector is not None and hidden:
                 ask_read(detector, asked, hidden[0][places, -1])
-            choices = choose(logits_BV[places], some, decoding)
+            # As a rule all rows decode alike; a copy of their logits would cost something with large vocabularies.
+            choices = choose(logits_BV if len(places) == len(rows) else logits_BV[places], some, decoding)
             columns = (choices.ids.tolist(), choices.logprobs.tolist(), choices.alternatives.tolist())
             for cursor, token, logprob, alternative in zip(asked, *columns, strict=True):
                 cursor.take(token, logprob, alternative)

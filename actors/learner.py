@@ -229,7 +229,7 @@ class TreeTrainer(SFTTrainer):
     targets_seen = 0.0
     last_saved = 0
     """Step of the newest checkpoint."""
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga: Any = True
     """The loss of a part of a step is divided by the targets of the whole step."""
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:

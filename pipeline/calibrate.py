@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.backtrack.cursor import Decoded, Decoding, Signal
-from pipeline.config import ConfigError, Settings, load_settings
+from pipeline.config import ConfigError, Settings
 from pipeline.metrics import Evaluated, figures
+from pipeline.settings_file import load_settings
 from pipeline.store import RunLock, Store, StoreError
 from pipeline.telemetry import Terminal, quiet_third_parties
 

@@ -13,9 +13,10 @@ from actors.decode import HfDecoder
 from actors.engines import Completion
 from pipeline import calibrate
 from pipeline.calibrate import SWEEPS, Point, best_of, main, table_of
-from pipeline.config import DecodeSettings, EngineSettings, EvaluateSettings, Settings, dump_settings
+from pipeline.config import DecodeSettings, EngineSettings, EvaluateSettings, Settings
 from pipeline.config import UndoSettings as Undo
 from pipeline.metrics import figures
+from pipeline.settings_file import dump_settings
 from pipeline.stages.evaluate import decoding_of, evaluated, requests_of
 from pipeline.stages.io import Codec
 from pipeline.store import Store
