@@ -9,14 +9,18 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import EngineSettings
+
+if TYPE_CHECKING:  # its module needs vLLM
+    from actors.decode_vllm import VllmDecoder
 
 _UNDO_PROCESSOR = "actors.decode_vllm:UndoProcessor"  # by name: its module needs vLLM to be imported
 _PROBES = 16  # random prompts whose next token is compared after weights were loaded
@@ -165,9 +169,14 @@ class VllmEngine:
 
     def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding) -> list[Decoded]:
         """Decode with undo; one result a request, in the order of the requests."""
+        return self.decoder.decode(requests, decoding)
+
+    @cached_property
+    def decoder(self) -> VllmDecoder:
+        """What decodes with undo; it counts how much of what it rewinds is found in the prefix cache."""
         from actors.decode_vllm import VllmDecoder
 
-        return VllmDecoder(self._llm, self._llm.llm_engine.model_config.get_vocab_size()).decode(requests, decoding)
+        return VllmDecoder(self._llm, self._llm.llm_engine.model_config.get_vocab_size())
 
     def load_weights(self, folder: Path) -> None:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})

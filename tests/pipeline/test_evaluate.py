@@ -164,25 +164,25 @@ def test_modes_share_the_first_tries_of_the_main_one(inputs: dict[str, Path], tm
     assert [row for row in rows["both"] if row["mode"] == "soft"] == [row for row in rows["soft"] if row["split"] == "test"]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_guided_rows_are_those_of_the_decoder(inputs: dict[str, Path], tmp_path: Path, temperature: float) -> None:
-    """As the main mode and beside another one; a row without an undo is its own first try."""
-    signal = SignalSettings(kind="probability", threshold=0.2)
-    rows = {
-        main: evaluated(inputs, tmp_path / main, settings_of(temperature=temperature, modes=modes, signal=signal, unit="step"))
-        for main, modes in (("guided", ["guided"]), ("rewind", ["rewind", "guided"]))
-    }
+@pytest.mark.parametrize(("temperature", "modes"), [(0.0, ["guided"]), (0.9, ["rewind", "guided"])], ids=["main", "beside"])
+def test_guided_rows_are_those_of_the_decoder(
+    inputs: dict[str, Path], tmp_path: Path, temperature: float, modes: list[str]
+) -> None:
+    """A row without an undo is its own first try."""
+    signal = SignalSettings(kind="probability", threshold=0.9)
+    rows = evaluated(inputs, tmp_path, settings_of(temperature=temperature, modes=modes, signal=signal, unit="step"))
     codec = Codec(inputs["model"], Undo(unit="step"), "{question}\n")
     ends = (temperature, 1.0, MAX_TOKENS, codec.stop_id)
-    guided = Decoding("guided", *ends, codec.rule, **SHARED, threshold=0.01, signal=Signal("probability", 0.2))
-    for model, folder in (("base", inputs["model"]), ("sft", inputs["sft"])):
-        mine = [row for row in rows["guided"] if row["model"] == model]
-        assert [tuple(row["token_ids"]) for row in mine] == decoded(folder, codec, guided)
-        assert [tuple(row["first_token_ids"]) for row in mine] == decoded(folder, codec, replace(guided, mode="forbidden"))
-        beside = [row for row in rows["rewind"] if (row["model"], row["mode"]) == (model, "guided")]
-        test = [row for row in mine if row["split"] == "test"]
-        assert [row["token_ids"] for row in beside] == [row["token_ids"] for row in test]
-    assert sum(row["undos"] > 0 for row in rows["guided"]) > 0
+    guided = Decoding("guided", *ends, codec.rule, **SHARED, threshold=0.01, signal=Signal("probability", 0.9))
+    some = [problem for problem in EVALUATED if problem.split == "test"]
+    mine = [row for row in rows if (row["model"], row["mode"], row["split"]) == ("sft", "guided", "test")]
+    assert [tuple(row["token_ids"]) for row in mine] == decoded(inputs["sft"], codec, guided, some)
+    first = decoded(inputs["sft"], codec, replace(guided, mode="forbidden"), some)
+    assert [tuple(row["first_token_ids"]) for row in mine] == first
+    assert sum(row["undos"] > 0 for row in mine) > 0
+    assert {row["split"] for row in rows if row["mode"] == "guided"} == (
+        {"test", "dev", "ood"} if modes[0] == "guided" else {"test"}
+    )
 
 
 def spurious(unit: str, folder: Path, *pieces: str | int) -> int:
