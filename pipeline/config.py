@@ -381,6 +381,13 @@ class EvaluateSettings(SamplingSettings):
         description="Deleted text leaves the context (rewind; guided: by decode.signal), or stays (soft). The first accepts a "
         "round, leads the page and is measured on all splits, the others on test.",
     )
+    votes: int | None = Field(
+        None,
+        ge=0,
+        le=1024,
+        description="Samples of the clean control's majority vote; null: as many as spend sft's tokens, 3 at least.",
+    )
+    vote_temperature: float = Field(0.7, gt=0, le=5, description="Temperature of these.")
     test: int | None = Field(None, ge=1, description="Problems of the test split; null takes all.")
     dev: int = Field(350, ge=1, description="Problems of the dev split, on which a round is accepted.")
     ood: int | None = Field(None, ge=1, description="Problems of the ood split; null takes all.")

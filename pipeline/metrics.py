@@ -10,6 +10,9 @@ from typing import Any
 
 from pipeline.statistics import auroc, paired, share
 
+BASELINES = ("guided", "vote")
+"""Modes in which an untrained detector, or more tokens, stand against trained undos."""
+
 
 @dataclass(frozen=True)
 class Evaluated:
@@ -62,7 +65,7 @@ def summarise(rows: Sequence[Evaluated], probes: Sequence[Probed], round: int, t
     """
     models = list(dict.fromkeys(row.model for row in rows))
     modes = list(dict.fromkeys(row.mode for row in rows))
-    measured = {(row.mode, row.split) for row in rows}
+    measured = {(row.model, row.mode, row.split) for row in rows}
     splits = list(dict.fromkeys(row.split for row in rows))
     evaluations: list[dict[str, Any]] = []
     comparisons: list[dict[str, Any]] = []
@@ -72,7 +75,7 @@ def summarise(rows: Sequence[Evaluated], probes: Sequence[Probed], round: int, t
             chosen = {(a, b): [row for row in here if (row.model, row.mode) == (a, b)] for a in models for b in modes}
             for model in models:
                 place = {"round": round, "model": model, "split": split, "group": group, "temperature": temperature}
-                here_modes = [mode for mode in modes if (mode, split) in measured]
+                here_modes = [mode for mode in modes if (model, mode, split) in measured]
                 evaluations += [place | {"mode": mode} | figures(chosen[model, mode]) for mode in here_modes]
                 first = figures([_first_try(row) for row in chosen[model, main]])
                 del first["cut_at_max_tokens"]  # how first tries ended is not kept
@@ -150,11 +153,12 @@ def figures(rows: Sequence[Evaluated]) -> dict[str, Any]:
 
 
 def _compare(chosen: dict[tuple[str, str], list[Evaluated]], round: int, split: str, group: str, main: str) -> list[dict[str, Any]]:
-    """The fine-tuned model in the main mode against the others in it, its own first tries and its own other modes."""
+    """The fine-tuned model in the main mode against its first tries, its other modes, and what the others do at their best."""
     if ("sft", main) not in chosen:
         return []
     own = chosen["sft", main]
-    pairs = [(f"{model} {mode}", some) for (model, mode), some in chosen.items() if some and (model == "sft") != (mode == main)]
+    told = [(place, some) for place, some in chosen.items() if place != ("sft", main) and some]
+    pairs = [(" ".join(place), some) for place, some in told if place[0] == "sft" or place[1] in (main, *BASELINES)]
     answers = [(name, [row.correct for row in some]) for name, some in pairs]
     answers.append(("sft forbidden", [row.first_correct for row in own]))
     found = []

@@ -73,7 +73,9 @@ def test_outputs_have_their_schema_and_counts(finished: tuple[Path, str]) -> Non
     assert load_from_disk(store.path(1, "evaluate") / "probes").features == evaluate.PROBES
     assert len(load_from_disk(store.path(0, "problems"))) == 64 + 16 + 16 + 8
     assert len(load_from_disk(store.path(1, "rollouts"))) == 2 * 64
-    assert len(load_from_disk(store.path(1, "evaluate"))) == 3 * 2 * (16 + 16 + 8)
+    assert (
+        len(load_from_disk(store.path(1, "evaluate"))) == 3 * (16 + 16 + 8 + 16) + 16
+    )  # soft, and the control's votes, on test alone
 
 
 def test_rollouts_carry_ids_logprobs_and_the_weights_that_made_them(finished: tuple[Path, str]) -> None:
@@ -145,7 +147,7 @@ def test_report_and_metrics_stand_beside_the_rounds(finished: tuple[Path, str]) 
     metrics = json.loads((folder / "metrics.json").read_text())
     models = {(row["model"], row["mode"]) for row in metrics["evaluations"]}
     modes = ("rewind", "soft", "forbidden")
-    assert models == {(model, mode) for model in ("base", "clean_control", "sft") for mode in modes}
+    assert models == {(model, mode) for model in ("base", "clean_control", "sft") for mode in modes} | {("clean_control", "vote")}
     assert {one["mode"] for one in metrics["rounds"]} == {"rewind"}
     assert {one["after"] for one in metrics["comparisons"]} == {"sft rewind"}
     page = (folder / "report.html").read_text()

@@ -27,6 +27,7 @@ from pipeline.stages.rollouts import context_length, row_seed, within_context
 from pipeline.stages.sft import CONTROL
 from pipeline.stages.sources import locate
 from pipeline.stages.stage import Context
+from pipeline.stages.votes import elected, requests_for, votes_needed, without_undo
 from pipeline.tasks.problem import Problem
 from verifiers.tasks import judge_of
 
@@ -90,6 +91,7 @@ def run(context: Context) -> None:
         for model in models:
             progress.advance(0, model.name)
             rows += _evaluate(context, model, chosen, codec, lambda count, tokens: progress.advance(count))
+    rows += _votes(context, models, rows, chosen, codec)
     with context.terminal.stage("probes", None) as progress:
         probes = _probe(context, models, [p for p in chosen if p.split == "test"], codec)
         progress.update(len(probes))
@@ -141,6 +143,28 @@ def _evaluate(
         for mode, rows in written.items()
         for i, done in zip(of_mode[mode], rows, strict=True)
     ]
+
+
+def _votes(
+    context: Context, models: Sequence[Model], rows: Sequence[Evaluated], problems: Sequence[Problem], codec: Codec
+) -> list[Evaluated]:
+    """The clean control, or the start model where there is none, by majority vote on the test split."""
+    asked, model = context.settings.evaluate, models[-2]
+    test = [problem for problem in problems if problem.split == "test"]
+    if asked.votes == 0 or not test:
+        return []
+    spent, own = (
+        [row for row in rows if (row.model, row.mode, row.split) == (name, asked.modes[0], "test")] for name in ("sft", model.name)
+    )
+    count = votes_needed(spent, own) if asked.votes is None else asked.votes
+    wanted = requests_for(test, codec, count, context.settings.run.seed)
+    decoding = without_undo(decoding_of(context.settings, codec, "forbidden"), asked.vote_temperature)
+    with context.terminal.stage("votes", len(wanted)) as progress:
+        done = context.workers.decode(
+            model.folder, wanted, decoding, context_length(context), lambda count, tokens: progress.advance(count)
+        )
+    completions = [Completion(one.ids, (), one.finish) for one in done]
+    return elected(test, completions, count, {row.problem: row for row in own}, codec)
 
 
 def _silent(rows: int, tokens: int) -> None: ...

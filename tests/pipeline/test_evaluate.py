@@ -31,8 +31,11 @@ from pipeline.stages import evaluate
 from pipeline.stages.io import Codec
 from pipeline.stages.rollouts import row_seed
 from pipeline.stages.stage import Context
+from pipeline.stages.votes import votes_needed
 from pipeline.tasks.problem import Problem
 from tests.pipeline.saved import CONTEXT, PROBLEMS, save_problems_and_models
+from verifiers.tasks import judge_of
+from verifiers.vote import majority
 
 EVALUATED = [problem for split in ("test", "dev", "ood") for problem in PROBLEMS if problem.split == split]
 MAX_TOKENS = 24
@@ -46,7 +49,7 @@ def settings_of(**evaluate: Any) -> Settings:
         engine=EngineSettings(kind="hf", max_prompt=400, max_num_seqs=8),
         rollouts=RolloutSettings(max_tokens=MAX_TOKENS),
         decode=DecodeSettings(**{"threshold": 0.01, "max_undos": 6, "max_undos_per_state": 3} | decode),
-        evaluate=EvaluateSettings(max_tokens=MAX_TOKENS, **evaluate),
+        evaluate=EvaluateSettings(**{"max_tokens": MAX_TOKENS, "votes": 0} | evaluate),
         undo=Undo(unit=unit),
     )
 
@@ -118,7 +121,8 @@ def evaluated(inputs: dict[str, Path], out: Path, settings: Settings) -> list[di
             workers=LocalWorkers(learner._Learner("")),
         )
         evaluate.run(cast(Context, context))
-    assert loaded == ([inputs["model"], inputs["sft"]] if {"rewind", "guided"} & set(settings.evaluate.modes) else [])
+    wanted = [inputs["model"], inputs["sft"]] if {"rewind", "guided"} & set(settings.evaluate.modes) else []
+    assert loaded == wanted + [inputs["model"]] * (settings.evaluate.votes != 0)
     return [dict(row) for row in load_from_disk(out)]
 
 
@@ -218,3 +222,40 @@ def test_a_run_of_undos_is_spurious_from_where_it_has_gone_too_far(inputs: dict[
     assert spurious("token", folder, f"{START}=", DIGIT, ">>", 2, VALUE) == 0
     assert spurious("token", folder, f"{START}=", DIGIT, 4) == 3
     assert spurious("token", folder, f"{START}=", VALUE, 2) == 2
+
+
+def test_the_vote_is_that_of_samples_decoded_alone(inputs: dict[str, Path], tmp_path: Path) -> None:
+    rows = evaluated(inputs, tmp_path, settings_of(modes=["rewind"], votes=5, vote_temperature=0.5))
+    votes = [row for row in rows if row["mode"] == "vote"]
+    test = [problem for problem in EVALUATED if problem.split == "test"]
+    assert [(row["model"], row["problem"]) for row in votes] == [("base", problem.id) for problem in test]
+    codec = Codec(inputs["model"], Undo(unit="token"), "{question}\n")
+    how = Decoding("forbidden", 0.5, 1.0, MAX_TOKENS, codec.stop_id, codec.rule)
+    decoder = HfDecoder.from_folder(inputs["model"], 1, CONTEXT)
+    own = {row["problem"]: row for row in rows if (row["model"], row["mode"]) == ("base", "rewind")}
+    for row, problem in zip(votes, test, strict=True):
+        seeds = [row_seed(0, f"vote/{number}/{problem.id}") for number in range(5)]
+        samples = [decoder.decode([DecodeRequest(codec.prompt_ids(problem), seed)], how)[0].ids for seed in seeds]
+        texts = [codec.decode(ids).text for ids in samples]
+        winner = majority(texts)
+        assert tuple(row["token_ids"]) == samples[winner] and row["tokens"] == sum(map(len, samples))
+        assert row["correct"] == judge_of(problem).correct(problem, texts[winner])
+        assert row["first_correct"] == own[problem.id]["first_correct"] and row["undos"] == row["spurious"] == 0
+
+
+@pytest.mark.parametrize(
+    ("spent", "own", "wanted"),
+    [
+        ({True: [60], False: [50]}, {True: [60], False: [50]}, 3),
+        ({True: [160, 180], False: [50]}, {True: [50, 50], False: [50]}, 4),
+        ({True: [60], False: [350]}, {True: [60], False: [100]}, 4),
+        ({False: [501]}, {False: [100]}, 6),
+    ],
+)
+def test_votes_are_enough_to_spend_as_many_tokens_on_each_kind(
+    spent: dict[bool, list[int]], own: dict[bool, list[int]], wanted: int
+) -> None:
+    def of(tokens: dict[bool, list[int]]) -> Any:
+        return [SimpleNamespace(hindsight=kind, tokens=count) for kind, counts in tokens.items() for count in counts]
+
+    assert votes_needed(of(spent), of(own)) == wanted
