@@ -59,14 +59,16 @@ def ray_session(cluster: ClusterSettings) -> Iterator[str]:
 def _check_resources(cluster: ClusterSettings) -> None:
     """An actor that never fits would stay pending for ever: say so before any work starts."""
     total = ray.cluster_resources()
-    rollouts = cluster.rollout_actors
-    beside = (cluster.learner, cluster.judge)  # all three stay or run at the same time
+    rollouts, workers = cluster.rollout_actors, cluster.learner_workers
+    learner = "the learner" if workers == 1 else f"{workers} learner workers"
+    # All three stay or run at the same time.
+    together = ((rollouts, cluster.rollout), (workers, cluster.learner), (1, cluster.judge))
     for kind, key in (("CPU", "cpus"), ("GPU", "gpus")):
-        needed = rollouts * getattr(cluster.rollout, key) + sum(getattr(part, key) for part in beside)
+        needed = sum(count * getattr(part, key) for count, part in together)
         if needed > total.get(kind, 0):
             raise ClusterError(
                 f"the cluster has {total.get(kind, 0):g} {kind}s, but {rollouts} rollout actors (cluster.rollout.{key}) beside "
-                f"the learner (cluster.learner.{key}) and a judge (cluster.judge.{key}) need {needed:g}; lower these settings"
+                f"{learner} (cluster.learner.{key}) and a judge (cluster.judge.{key}) need {needed:g}; lower these settings"
             )
 
 

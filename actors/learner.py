@@ -145,6 +145,7 @@ def _fit(source: Path, target: Path, data: TrainingSet, settings: TrainSettings,
         newest = checkpoints.resume()
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
         curve.target_tokens = round(trainer.targets_seen)
+        model = _unsharded(trainer, model, source, data, sft)
     if best:
         best.restore()
     else:
@@ -220,7 +221,32 @@ def _arguments(settings: TrainSettings, seed: int, folder: str, saves: bool = Fa
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
+        **_sharding(settings),
     )
+
+
+def _sharding(settings: TrainSettings) -> dict[str, Any]:
+    if isinstance(settings, SftSettings) and settings.deepspeed is not None:
+        return {"deepspeed": settings.deepspeed}
+    if isinstance(settings, SftSettings) and settings.fsdp is not None:
+        return {"fsdp": True, "fsdp_config": dict(settings.fsdp)}
+    return {}
+
+
+def _unsharded(trainer: TreeTrainer, model: Any, source: Path, data: TrainingSet, sft: SftSettings) -> Any:
+    """The trained model in one piece, to be saved by the first process: shards are put together in a model like the first."""
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return model
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # every process gives its part
+    if not is_first():
+        return model
+    whole = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    whole = prepare(whole, data.rule.undo_id, sft.trainable, sft.lora.rank, sft.lora.alpha)
+    missing = {name for name, _ in whole.named_parameters()} - weights.keys()
+    if missing:
+        raise RuntimeError(f"the sharded model gave no weights for {sorted(missing)[:3]}")
+    whole.load_state_dict(weights, strict=False)  # tied weights have two names
+    return whole
 
 
 class TreeTrainer(SFTTrainer):
@@ -229,7 +255,7 @@ class TreeTrainer(SFTTrainer):
     targets_seen = 0.0
     last_saved = 0
     """Step of the newest checkpoint."""
-    loss_is_scaled_for_ga: Any = True
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # TRL declares the default's type
     """The loss of a part of a step is divided by the targets of the whole step."""
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+import ray
 import torch
 
 from pipeline.config import BaseTraining, TrainSettings
@@ -25,6 +26,19 @@ def out_of_memory(error: BaseException) -> bool:
             return True
         cause = cause.__cause__
     return False
+
+
+def killed(error: BaseException, how: str) -> str | None:
+    """One line on an actor that was killed from outside, with `how` memory is saved; None if it died of something else.
+
+    Ray knows of its own memory monitor. Of the system's it sees a connection that ended, like that of any killed process.
+    """
+    said = str(error)
+    if isinstance(error, ray.exceptions.OutOfMemoryError) or "running low on memory" in said or "memory monitor" in said:
+        return f"Ray killed it because its node was running out of memory: {how}"
+    if "OOM killer" in said or "SIGKILL" in said:
+        return f"it was killed from outside, which the system does when memory runs out; if that was it, {how}"
+    return None
 
 
 def how_to_save(settings: TrainSettings) -> str:

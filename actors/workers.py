@@ -10,10 +10,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
 from actors.cluster import ClusterError, actor_options, ray_session
 from actors.learner import Curve, DevCheck, LearnerActor
+from actors.learner_group import LearnerGroupActor
+from actors.memory import how_to_save, how_to_save_decoding, killed
 from actors.packing import TrainingSet
 from actors.probe import ProbeRow
 from actors.rollout import RolloutPool
@@ -32,6 +34,7 @@ class Workers:
         self._ray: ExitStack | None = None
         self._pool: RolloutPool | None = None
         self._learner: Any = None
+        self._group: Any = None
 
     def __enter__(self) -> Self:
         return self
@@ -68,19 +71,20 @@ class Workers:
         check: DevCheck | None = None,
         resume: Path | None = None,
     ) -> Curve:
-        """Train the model of `source` in the learner actor and save it as `target`; `resume` is its folder for checkpoints.
+        """Train the model of `source` in the learner, or its workers, and save it as `target`; `resume` is for checkpoints.
 
         Raises:
             ClusterError: the learner died or could not be placed.
         """
-        learner = self._ready_learner()
+        group = self._settings.cluster.learner_workers > 1
+        learner, how = self._ready_group() if group else self._ready_learner(), how_to_save(settings)
         kept = str(resume.resolve()) if resume else None
         result = learner.fit.remote(str(source.resolve()), str(target.resolve()), data, settings, seed, check, kept)
         while not ray.wait([result], timeout=_POLL_SECONDS)[0]:
             answer = learner.progress.remote()
             if ray.wait([answer, result], timeout=_POLL_SECONDS)[0] == [answer]:  # a busy learner answers at the next poll
-                on_progress(self._get(answer))
-        curve: Curve = self._get(result)
+                on_progress(self._get(answer, how))
+        curve: Curve = self._get(result, how)
         return curve
 
     def probe(self, folder: Path, rows: Sequence[ProbeRow]) -> list[tuple[float, ...]]:
@@ -128,13 +132,30 @@ class Workers:
                 ) from None
         return self._learner
 
-    def _get(self, ref: Any) -> Any:
+    def _ready_group(self) -> Any:
+        """The workers take the learner's place: it is started anew when it is asked for something."""
+        self.start()
+        self._stop_learner()
+        if self._group is None:
+            cluster = self._settings.cluster
+            self._group = LearnerGroupActor.remote(cluster.learner_workers, cluster.learner, str(self._log_dir))
+        return self._group
+
+    def _stop_learner(self) -> None:
+        if self._learner is not None:
+            ray.kill(self._learner)
+            self._learner = None
+
+    def _get(self, ref: Any, how: str = "") -> Any:
+        """A result of the learner; `how` says which settings save memory in what it was asked for."""
         try:
             return ray.get(ref)
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from error
-        except RayActorError as error:
-            raise ClusterError(f"the learner died: {' '.join(str(error).split())[:400]}") from error
+        except (RayActorError, OutOfMemoryError) as error:
+            self._learner = self._group = None  # whoever asks again gets new ones
+            how = how or how_to_save_decoding(self._settings.engine.max_num_seqs)
+            raise ClusterError(f"the learner died: {killed(error, how) or ' '.join(str(error).split())[:400]}") from error
 
 
 def curve_json(curve: Curve) -> dict[str, Any]:

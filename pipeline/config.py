@@ -286,6 +286,15 @@ class LoraSettings(Section):
     alpha: float = Field(32.0, gt=0, le=4096, description="Scale of the adapters, divided by the rank.")
 
 
+# Keys of transformers' fsdp_config that a run may set. FSDP's version is 2, and what is saved is one whole model.
+_FSDP: dict[str, type] = {
+    "reshard_after_forward": bool,
+    "cpu_offload": bool,
+    "activation_checkpointing": bool,
+    "transformer_layer_cls_to_wrap": str,
+}
+
+
 class SftSettings(TrainSettings):
     init: Literal["previous", "base"] = Field(
         "previous", description="Each round trains the newest accepted model, or the base model again on all that replay kept."
@@ -315,6 +324,16 @@ class SftSettings(TrainSettings):
     def _is_schedule(cls, value: list[list[int]] | None) -> list[list[int]] | None:
         if value is not None:
             parse_schedule("sft.most_undos", value, least=0)
+        return value
+
+    @field_validator("fsdp")
+    @classmethod
+    def _is_fsdp(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        for key, given in (value or {}).items():
+            if key not in _FSDP:
+                raise ValueError(f"has no key {key}; known here: {', '.join(_FSDP)}")
+            if not isinstance(given, _FSDP[key]):
+                raise ValueError(f"{key} must be of type {_FSDP[key].__name__}")
         return value
 
     @model_validator(mode="after")

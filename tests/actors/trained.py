@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.packing import TrainingSet
 from pipeline.backtrack.curriculum import Schedule
@@ -44,3 +45,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in weights(folder).items()}
+
+
+def spoil_token(source: Path, target: Path, token: int) -> None:
+    """A copy of the model in which one token's embedding is no number; it predicts that token as before."""
+    shutil.copytree(source, target)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    head = model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.nan
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(head)
+    model.save_pretrained(target)

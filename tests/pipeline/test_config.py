@@ -102,6 +102,8 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
         ("sft: {deepspeed: a.json}", [], "settings of several sections (set in FILE): sft.deepspeed needs cluster.learner_wor"),
         ("sft: {fsdp: {}, deepspeed: a.json}", [], "sft (set in FILE): fsdp and deepspeed cannot both be set"),
         ("sft: {fsdp: 1}", [], "sft.fsdp (set in FILE): should be a valid dictionary, not 1"),
+        ("sft: {fsdp: {offload: true}}", [], "sft.fsdp (set in FILE): has no key offload; known here: reshard_after_forward, cpu_"),
+        ("sft: {fsdp: {cpu_offload: 3}}", [], "sft.fsdp (set in FILE): cpu_offload must be of type bool"),
         ("sft: {dtype: float16}", [], "sft.dtype (set in FILE): should be 'float32' or 'bfloat16', not 'float16'"),
         ("evaluate: {modes: []}", [], "evaluate.modes (set in FILE): List should have at least 1 item"),
         ("evaluate: {modes: [soft, soft]}", [], "evaluate.modes (set in FILE): must name each mode once, not ['soft', 'soft']"),
