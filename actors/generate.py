@@ -25,13 +25,12 @@ from transformers import (
 from transformers.utils import logging
 
 from actors.decode import HfDecoder, HfLive
-from actors.saved import InputError, SavedModel, answer_settings, decoding_of
+from actors.saved import AnswerSettings, InputError, SavedModel, answer_settings, decoding_of
 from actors.screen import Deletions, Screen
 from actors.streaming import Appended, Deleted, Finished, TextStream
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding, Mode
 from pipeline.backtrack.embedding import undo_rule
 from pipeline.backtrack.undo import Unit
-from pipeline.config import AnswerSettings
 
 _USAGE, _INTERRUPTED = 2, 130
 _SEQS = 32  # rows at a time, unless the caller says otherwise
@@ -52,7 +51,7 @@ def generate(
     Args:
         prompts: texts, encoded as they stand; lists of ids; or [rows, tokens] left-padded ids, then with `attention_mask`.
         seed: of the first row; the others take the next ones.
-        settings: any of pipeline.config.AnswerSettings: mode, temperature, top_p, max_tokens, threshold, unit, undo_token, ...
+        settings: any of actors.saved.AnswerSettings: mode, temperature, top_p, max_tokens, threshold, unit, undo_token, ...
 
     Returns:
         [rows, longest prompt + longest answer] prompts padded on the left, the ids that survive behind them, padded on the right.

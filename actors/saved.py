@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, field_validator
 from transformers import AutoConfig, AutoTokenizer
 
-from pipeline.backtrack.cursor import Decoding
+from pipeline.backtrack.cursor import Decoding, Mode
 from pipeline.backtrack.embedding import undo_rule
-from pipeline.backtrack.undo import UndoRule
-from pipeline.config import AnswerSettings
+from pipeline.backtrack.undo import UndoRule, Unit
+from pipeline.config import BaseSettings, DecodeSettings, SamplingSettings, UndoSettings
 
 NOTE = "retract.json"
 _CONTEXT = 4096  # of a model whose config names no longest row
@@ -27,6 +27,27 @@ _INVISIBLE = "\u200b"  # a space without width
 
 class InputError(ValueError):
     """What was given cannot be used. One line, for the user."""
+
+
+class AnswerSettings(SamplingSettings, DecodeSettings):
+    """How a saved model answers. Bounds and defaults are those of a run's settings, but for the temperature."""
+
+    temperature: float = Field(0.0, ge=0, le=5, description="0 decodes greedily.")
+    mode: Mode = Field("rewind", description="Deleted text leaves the context, or stays; or there is no undo at all.")
+    undo_token: str = Field(UndoSettings().token, min_length=1, max_length=64, description="The undo token's text.")
+    unit: Unit = Field(UndoSettings().unit, description="What one undo token deletes.")
+    prompt: str = Field(BaseSettings().prompt, description="How a question becomes a prompt; holds {question} once.")
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_question(cls, value: str) -> str:
+        try:
+            once = value.format(question="") != value and value.count("{question}") == 1
+        except (LookupError, ValueError):
+            once = False
+        if not once:
+            raise ValueError("must hold {question} exactly once, and other braces doubled")
+        return value
 
 
 @dataclass(frozen=True)
@@ -176,7 +197,8 @@ def explain(error: ValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     shown = "" if isinstance(first["input"], dict) else f", not {first['input']!r:.60}"
-    return f"{place}: {first['msg']}{shown}".removeprefix(": ")
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}{shown}".removeprefix(": ")
 
 
 def decoding_of(settings: AnswerSettings, rule: UndoRule, stop_id: int, max_tokens: int) -> Decoding:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import typing
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.backtrack.curriculum import parse_schedule
 
@@ -142,25 +142,19 @@ class BaseTraining(TrainSettings):
     patience: int = Field(3, ge=1, description="Stop after this many measurements without a rise; the best model is kept.")
 
 
-def _has_question(value: str) -> str:
-    if value.count("{question}") != 1:
-        raise ValueError("must hold {question} exactly once")
-    try:
-        value.format(question="")
-    except (LookupError, ValueError) as error:
-        raise ValueError("must hold no other braces than {question}, or these doubled") from error
-    return value
-
-
-Prompt = Annotated[str, AfterValidator(_has_question)]
-
-
 class BaseSettings(Section):
     model: str = Field("scratch", min_length=1, description="scratch, a hub id, or a local Hugging Face folder.")
     trust_remote_code: bool = Field(False, description="Run code that comes with a hub model.")
-    prompt: Prompt = Field("{question}\n", description="How a question becomes a prompt; holds {question} once.")
+    prompt: str = Field("{question}\n", description="How a question becomes a prompt; holds {question} once.")
     scratch: ScratchModel = Field(ScratchModel(), description="The tiny model, for model: scratch.")
     train: BaseTraining = Field(BaseTraining(), description="Its training, for model: scratch.")
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_question(cls, value: str) -> str:
+        if value.count("{question}") != 1:
+            raise ValueError("must hold {question} exactly once")
+        return value
 
 
 class EngineSettings(Section):
@@ -378,18 +372,6 @@ class DecodeSettings(Section):
                 f"or threshold to null, is {self.threshold}"
             )
         return self
-
-
-class AnswerSettings(SamplingSettings, DecodeSettings):
-    """How a saved model answers its users: `retract.json` in its folder, and options of the commands, over these defaults."""
-
-    temperature: float = Field(0.0, ge=0, le=5, description="0 decodes greedily.")
-    mode: Literal["rewind", "soft", "forbidden"] = Field(
-        "rewind", description="Deleted text leaves the context, or stays; or there is no undo at all."
-    )
-    undo_token: str = Field(UndoSettings().token, min_length=1, max_length=64, description="The undo token's text.")
-    unit: Literal["token", "step", "all"] = Field(UndoSettings().unit, description="What one undo token deletes.")
-    prompt: Prompt = Field(BaseSettings().prompt, description="How a question becomes a prompt; holds {question} once.")
 
 
 class EvaluateSettings(SamplingSettings):
