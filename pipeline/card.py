@@ -12,10 +12,11 @@ GROUPS = ("all", "hindsight", "forward")
 
 
 def usage(settings: Settings) -> str:
-    """`retract.json`: what a decoder has to know of the model, beside the weights."""
-    undo = settings.undo
-    found = {"undo_token": undo.token, "unit": undo.unit, "prompt": settings.base.prompt, "decode": settings.decode.model_dump()}
-    return json.dumps(found, indent=1) + "\n"
+    """`retract.json`: what a decoder has to know of the model, beside the weights; actors/saved.py reads it."""
+    undo, asked = settings.undo, settings.evaluate
+    found = {"undo_token": undo.token, "unit": undo.unit, "prompt": settings.base.prompt, "temperature": asked.temperature}
+    found |= {"top_p": asked.top_p, "max_tokens": asked.max_tokens}
+    return json.dumps(found | settings.decode.model_dump(), indent=1) + "\n"
 
 
 def model_card(settings: Settings, metrics: Mapping[str, Any], model: str) -> str:

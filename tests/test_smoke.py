@@ -16,6 +16,7 @@ from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.decode import HfDecoder
+from actors.saved import SavedModel
 from pipeline.backtrack.cursor import DecodeRequest, Decoding
 from pipeline.backtrack.targets import trace_walk
 from pipeline.backtrack.trace import Role, Trace
@@ -136,7 +137,8 @@ def test_the_newest_accepted_model_stands_beside_the_rounds_with_its_card(finish
         "tokenizer_config.json",
     ]
     usage = json.loads((exported / "retract.json").read_text())
-    assert usage["undo_token"] in tokenizer.get_vocab() and usage["decode"]["threshold"] == 0.001
+    assert usage["undo_token"] in tokenizer.get_vocab() and usage["threshold"] == 0.001
+    assert SavedModel.load(exported, {}).settings.max_tokens == 96
     card = (exported / "README.md").read_text()
     assert "| sft | rewind | all | 16 |" in card and "sft-1" in card
     assert ("None of 1 rounds was accepted" in card) != accepted
