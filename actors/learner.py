@@ -21,14 +21,17 @@ from transformers.training_args import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from actors.checkpoints import KEPT, Checkpoints, Snapshot
+from actors.checks import CheckError, Checks, HeldOut, Measured
 from actors.decode import HfDecoder
+from actors.dynamic import DynamicMask
 from actors.engines import HfEngine, Request, Sampling
 from actors.memory import how_to_save, out_of_memory
-from actors.packing import TrainingSet, collate, examples_of, pack_by_phase
+from actors.packing import Example, TrainingSet, collate, examples_of, pack_by_phase
 from actors.probe import ProbeRow, probe
 from actors.ranks import from_first, is_first, processes
 from actors.trainable import prepare, save
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
+from pipeline.backtrack.trace import Role
 from pipeline.config import BaseTraining, SftSettings, TrainSettings
 from pipeline.telemetry import redirect_process_output
 
@@ -57,6 +60,10 @@ class Curve:
     """(step, mean loss per target token since the point before)."""
     checks: list[tuple[int, float]] = field(default_factory=list)
     """(step, greedy dev accuracy)."""
+    probes: list[Measured] = field(default_factory=list)
+    """What the checks found, see checks.py."""
+    right_states: list[tuple[int, tuple[float, ...]]] = field(default_factory=list)
+    """(step, P(U) in each held-out right state)."""
     step: int = 0
     steps: int = 0
     kept_step: int = 0
@@ -79,6 +86,7 @@ def fit(
     curve: Curve,
     check: DevCheck | None = None,
     resume: Path | None = None,
+    held_out: HeldOut | None = None,
 ) -> Curve:
     """Train the model of folder `source` on the traces and save it as an ordinary folder `target`.
 
@@ -86,12 +94,14 @@ def fit(
 
     Args:
         resume: a folder for checkpoints of this very training. What a killed call has left there is gone on from.
+        held_out: what the training is checked on while it runs.
 
     Raises:
-        TrainingError: a loss that is no number, no memory left, no trace fits into a row, or the model has no undo token.
+        TrainingError: a loss that is no number, a check that failed, no memory left, no trace fits into a row, or the model has no
+            undo token.
     """
     try:
-        return _fit(source, target, data, settings, seed, curve, check, resume)
+        return _fit(source, target, data, settings, seed, curve, check, resume, held_out)
     except Exception as error:
         if not out_of_memory(error):
             raise
@@ -100,7 +110,7 @@ def fit(
 
 
 def _fit(source: Path, target: Path, data: TrainingSet, settings: TrainSettings, seed: int, curve: Curve,
-         check: DevCheck | None, resume: Path | None) -> Curve:  # fmt: skip
+         check: DevCheck | None, resume: Path | None, held_out: HeldOut | None) -> Curve:  # fmt: skip
     if resume and (resume / _FINISHED).is_dir():
         if is_first():
             shutil.copytree(resume / _FINISHED, target, dirs_exist_ok=True)
@@ -140,10 +150,18 @@ def _fit(source: Path, target: Path, data: TrainingSet, settings: TrainSettings,
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        if sft.dynamic:
+            trainer.dynamic = DynamicMask(model, seed)
+        if held_out and sft.fsdp is None and sft.deepspeed is None:  # one process alone sees no whole model of a sharded one
+            row = [examples[index] for index in _with_errors(rows, examples)]
+            trainer.add_callback(Checks(held_out, curve, trainer, data, row, tokenizer.pad_token_id, settings.row_tokens))
         checkpoints = Checkpoints(folder, _Progress(curve, trainer, best))
         trainer.add_callback(checkpoints)
         newest = checkpoints.resume()
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        except CheckError as error:
+            raise TrainingError(f"a check failed: {error}") from error
         curve.target_tokens = round(trainer.targets_seen)
         model = _unsharded(trainer, model, source, data, sft)
     if best:
@@ -162,6 +180,12 @@ def _fit(source: Path, target: Path, data: TrainingSet, settings: TrainSettings,
     return curve
 
 
+def _with_errors(rows: Sequence[Sequence[int]], examples: Sequence[Example]) -> Sequence[int]:
+    """The first row that holds a wrong decision; the first one where none does."""
+    wrong = {index for index, one in enumerate(examples) if any(Role.ERROR in trace.roles for trace in one.traces)}
+    return next((row for row in rows if wrong.intersection(row)), rows[0])
+
+
 class _Progress:
     """What a checkpoint has to hold beside the trainer's own state."""
 
@@ -172,13 +196,15 @@ class _Progress:
         self._trainer.last_saved = self._curve.step
         values = {"curve": asdict(self._curve), "targets_seen": self._trainer.targets_seen}
         if self._best is None:
-            return Snapshot(values)
+            return Snapshot(values, self._trainer.dynamic.tensors() if self._trainer.dynamic else {})
         return Snapshot(values | {"best": [self._best.accuracy, self._best.without_rise]}, self._best.weights)
 
     def restore(self, snapshot: Snapshot) -> None:
         _read_curve(self._curve, snapshot.values["curve"])
         self._trainer.targets_seen = snapshot.values["targets_seen"]
         self._trainer.last_saved = self._curve.step
+        if self._trainer.dynamic:
+            self._trainer.dynamic.restore(snapshot.tensors)
         if self._best is not None:
             self._best.accuracy, self._best.without_rise = snapshot.values["best"]
             self._best.weights = dict(snapshot.tensors)
@@ -186,7 +212,8 @@ class _Progress:
 
 def _read_curve(curve: Curve, values: dict[str, Any]) -> None:
     for name, value in values.items():
-        setattr(curve, name, [tuple(point) for point in value] if isinstance(value, list) else value)
+        point = Measured._make if name == "probes" else tuple
+        setattr(curve, name, [point(one) for one in value] if isinstance(value, list) else value)
 
 
 def _arguments(settings: TrainSettings, seed: int, folder: str, saves: bool = False) -> SFTConfig:
@@ -229,7 +256,7 @@ def _sharding(settings: TrainSettings) -> dict[str, Any]:
     if isinstance(settings, SftSettings) and settings.deepspeed is not None:
         return {"deepspeed": settings.deepspeed}
     if isinstance(settings, SftSettings) and settings.fsdp is not None:
-        return {"fsdp": True, "fsdp_config": dict(settings.fsdp)}
+        return {"fsdp": True, "fsdp_config": settings.fsdp.model_dump(exclude_none=True)}
     return {}
 
 
@@ -257,6 +284,8 @@ class TreeTrainer(SFTTrainer):
     """Step of the newest checkpoint."""
     loss_is_scaled_for_ga = True  # type: ignore[assignment]  # TRL declares the default's type
     """The loss of a part of a step is divided by the targets of the whole step."""
+    dynamic: DynamicMask | None = None
+    """What weighs targets along the way."""
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """This process's batches of one step, and its share of what the targets of all processes weigh together.
@@ -271,7 +300,8 @@ class TreeTrainer(SFTTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
         row, column, target, weight, ends_run = (inputs[name] for name in ("row", "column", "target", "weight", "ends_run"))
-        with logits_only_at(self.accelerator.unwrap_model(model), row, column):
+        bare = self.accelerator.unwrap_model(model)
+        with logits_only_at(bare, row, column) as picked:
             seen = {name: inputs[name] for name in ("input_ids", "position_ids", "attention_mask")}
             logits_NV = model(**seen, use_cache=False).logits.float()
         losses = torch.nn.functional.cross_entropy(logits_NV, target, reduction="none")
@@ -279,6 +309,9 @@ class TreeTrainer(SFTTrainer):
             ended = logits_NV[ends_run]
             others = ended.scatter(1, target[ends_run].unsqueeze(1), -torch.inf)
             losses = losses.masked_scatter(ends_run, ended.logsumexp(1) - others.logsumexp(1))
+        if self.dynamic:
+            embedding = bare.get_input_embeddings()(target)
+            weight = weight * self.dynamic.weights(picked[0], embedding, inputs["wrong"], learn=bare.training)
         loss = (losses * weight).sum() / max(num_items_in_batch, 1e-9)
         if not loss.isfinite():
             traces = ", ".join(map(str, inputs["numbers"][:12].tolist())) + (", .." if len(inputs["numbers"]) > 12 else "")
@@ -289,16 +322,23 @@ class TreeTrainer(SFTTrainer):
 
 
 @contextmanager
-def logits_only_at(model: Any, row: torch.Tensor, column: torch.Tensor) -> Iterator[None]:
+def logits_only_at(model: Any, row: torch.Tensor, column: torch.Tensor) -> Iterator[list[torch.Tensor]]:
     """Within this, the model's logits are [places, vocabulary] instead of [rows, tokens, vocabulary].
 
-    The head sees the picked hidden states alone, so prompts, masked targets and padding cost nothing there.
+    The head sees the picked hidden states alone, so prompts, masked targets and padding cost nothing there. They come into the
+    list that this gives, [places, width].
     """
-    pick = model.get_output_embeddings().register_forward_pre_hook(lambda module, given: (given[0][row, column],))
+    picked: list[torch.Tensor] = []
+
+    def pick(module: Any, given: Any) -> tuple[torch.Tensor]:
+        picked.append(given[0][row, column])
+        return (picked[-1],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(pick)
     try:
-        yield
+        yield picked
     finally:
-        pick.remove()
+        hook.remove()
 
 
 def _decoder_of(model: Any) -> Any:
@@ -376,9 +416,10 @@ class _Learner:
         self._decoder: tuple[tuple[str, int, int], HfDecoder] | None = None  # what it was made from, and the decoder
 
     def fit(self, source: str, target: str, data: TrainingSet, settings: TrainSettings, seed: int,
-            check: DevCheck | None = None, resume: str | None = None) -> Curve:  # fmt: skip
+            check: DevCheck | None = None, resume: str | None = None, held_out: HeldOut | None = None) -> Curve:  # fmt: skip
         self._curve, self._decoder = Curve(), None  # its memory is the training's
-        return fit(Path(source), Path(target), data, settings, seed, self._curve, check, Path(resume) if resume else None)
+        kept = Path(resume) if resume else None
+        return fit(Path(source), Path(target), data, settings, seed, self._curve, check, kept, held_out)
 
     def probe(self, folder: str, rows: Sequence[ProbeRow]) -> list[tuple[float, ...]]:
         return probe(Path(folder), rows)

@@ -20,6 +20,7 @@ from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, Sca
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
+from actors.checks import HeldOut
 from actors.cluster import ClusterError
 from actors.learner import Curve, DevCheck, TrainingError, fit
 from actors.memory import how_to_save, killed
@@ -41,6 +42,7 @@ class _Job:
     seed: int
     check: DevCheck | None
     resume: str | None
+    held_out: HeldOut | None
     log_dir: str
     group: Any
     """Handle of the group, for the first worker's reports."""
@@ -57,7 +59,7 @@ def _work(given: dict[str, Any]) -> None:
         reporter.start()
     resume = Path(job.resume) if job.resume else None
     try:
-        fit(Path(job.source), Path(job.target), job.data, job.settings, job.seed, curve, job.check, resume)
+        fit(Path(job.source), Path(job.target), job.data, job.settings, job.seed, curve, job.check, resume, job.held_out)
     finally:
         done.set()
     if rank == 0:
@@ -78,7 +80,7 @@ class _LearnerGroup:
         self._curve = Curve()
 
     def fit(self, source: str, target: str, data: TrainingSet, settings: TrainSettings, seed: int,
-            check: DevCheck | None = None, resume: str | None = None) -> Curve:  # fmt: skip
+            check: DevCheck | None = None, resume: str | None = None, held_out: HeldOut | None = None) -> Curve:  # fmt: skip
         """See actors/learner.py.
 
         Raises:
@@ -87,7 +89,7 @@ class _LearnerGroup:
         """
         self._curve = Curve()
         me = ray.get_runtime_context().current_actor
-        job = _Job(source, target, data, settings, seed, check, resume, self._log_dir, me)
+        job = _Job(source, target, data, settings, seed, check, resume, held_out, self._log_dir, me)
         wanted, gpus = self._resources, self._resources.gpus
         threads = wanted.threads or max(1, round(wanted.cpus), (os.cpu_count() or 1) // self._workers)
         with tempfile.TemporaryDirectory() as folder:  # Ray Train keeps its own notes there, no checkpoint

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline.backtrack.curriculum import Schedule, allowed_traces
-from pipeline.backtrack.layout import Segment, lay_out
+from pipeline.backtrack.layout import Layout, Segment, lay_out
 from pipeline.backtrack.targets import Form, Targets, segments
 from pipeline.backtrack.trace import Role, Trace
 from pipeline.backtrack.undo import UndoRule
@@ -33,6 +33,12 @@ class TrainingSet:
     """Rewind form: one tree for all traces that begin with the same prompt, as far as a row has room."""
     most_undos: Schedule | None = None
     """How many undos a trace may hold, by optimiser step; null allows any number."""
+    weights: Sequence[float] | None = None
+    """[traces] What each trace counts; all count 1 when None."""
+
+    def segments_of(self, example: Example) -> list[Segment]:
+        counts = [self.weights[number] for number in example.numbers] if self.weights else None
+        return segments(example.traces, self.rule, self.targets, self.form, counts)
 
 
 @dataclass(frozen=True)
@@ -135,22 +141,27 @@ def _forever(examples: Sequence[int], seed: int) -> Iterator[int]:
         yield from order
 
 
+def laid_out(rows: Sequence[Sequence[Example]], data: TrainingSet, pad_id: int, row_tokens: int) -> Layout:
+    """Rows of examples as they stand in a batch, with every action, masked ones too."""
+    return lay_out([[segment for example in row for segment in data.segments_of(example)] for row in rows], row_tokens, pad_id)
+
+
 def collate(rows: Sequence[Sequence[Example]], data: TrainingSet, pad_id: int, row_tokens: int) -> dict[str, torch.Tensor]:
     """Tensors of one batch.
 
     input_ids and position_ids [rows, tokens], attention_mask [rows, 1, tokens, tokens], and for each place with a target, every
     distinct (place, target) once: row, column, target, weight (summed over the actions it stands for), ends_run (what is taught is
-    not to emit the target) [targets]. Also numbers [traces], to name what a batch was made of.
+    not to emit the target), wrong (most of that weight is of wrong decisions) [targets]. Also numbers [traces], to name what a
+    batch was made of.
     """
-    laid: list[list[Segment]] = [
-        [segment for example in row for segment in segments(example.traces, data.rule, data.targets, data.form)] for row in rows
-    ]
-    layout = lay_out(laid, row_tokens, pad_id)
+    layout = laid_out(rows, data, pad_id, row_tokens)
     taught = layout.weight > 0
     ends_run = torch.tensor([action.ends_run for action in layout.actions], dtype=torch.long)
     keys = torch.stack([layout.row, layout.column, layout.target, ends_run])[:, taught]
     places, which = torch.unique(keys, dim=1, return_inverse=True)
     weight = torch.zeros(places.shape[1]).index_add_(0, which, layout.weight[taught])
+    erring = torch.tensor([one.role == Role.ERROR and one.token != data.rule.undo_id for one in layout.actions], dtype=torch.bool)
+    wrong = torch.zeros(places.shape[1]).index_add_(0, which, layout.weight[taught] * erring[taught])
     return {
         "input_ids": layout.input_ids,
         "position_ids": layout.position_ids,
@@ -160,5 +171,6 @@ def collate(rows: Sequence[Sequence[Example]], data: TrainingSet, pad_id: int, r
         "target": places[2],
         "weight": weight,
         "ends_run": places[3].bool(),
+        "wrong": wrong > weight / 2,
         "numbers": torch.tensor([number for row in rows for example in row for number in example.numbers]),
     }

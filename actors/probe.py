@@ -25,10 +25,14 @@ class ProbeRow:
 
 
 def probe(folder: Path, rows: Sequence[ProbeRow]) -> list[tuple[float, ...]]:
-    """Log-probabilities [asked tokens] of each row, in nats, in the order of the rows."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """`ask` for the model of a folder, on a GPU if there is one."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.to(device).eval()
+    return ask(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), rows)
+
+
+def ask(model: Any, rows: Sequence[ProbeRow]) -> list[tuple[float, ...]]:
+    """Log-probabilities [asked tokens] of each row, in nats, in the order of the rows. `model` is in eval mode."""
+    device = model.device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     found: dict[int, tuple[float, ...]] = {}
     with torch.inference_mode():

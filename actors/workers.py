@@ -12,6 +12,7 @@ from typing import Any, Self
 import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
+from actors.checks import HeldOut
 from actors.cluster import ClusterError, actor_options, ray_session
 from actors.learner import Curve, DevCheck, LearnerActor
 from actors.learner_group import LearnerGroupActor
@@ -70,8 +71,10 @@ class Workers:
         on_progress: Callable[[Curve], None],
         check: DevCheck | None = None,
         resume: Path | None = None,
+        held_out: HeldOut | None = None,
     ) -> Curve:
-        """Train the model of `source` in the learner, or its workers, and save it as `target`; `resume` is for checkpoints.
+        """Train the model of `source` in the learner, or its workers, and save it as `target`; `resume` is for checkpoints,
+        `held_out` what it is checked on.
 
         Raises:
             ClusterError: the learner died or could not be placed.
@@ -79,7 +82,7 @@ class Workers:
         group = self._settings.cluster.learner_workers > 1
         learner, how = self._ready_group() if group else self._ready_learner(), how_to_save(settings)
         kept = str(resume.resolve()) if resume else None
-        result = learner.fit.remote(str(source.resolve()), str(target.resolve()), data, settings, seed, check, kept)
+        result = learner.fit.remote(str(source.resolve()), str(target.resolve()), data, settings, seed, check, kept, held_out)
         while not ray.wait([result], timeout=_POLL_SECONDS)[0]:
             answer = learner.progress.remote()
             if ray.wait([answer, result], timeout=_POLL_SECONDS)[0] == [answer]:  # a busy learner answers at the next poll

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.backtrack.cursor import Decoded, Decoding, Signal
-from pipeline.config import ConfigError, Settings
+from pipeline.config import Settings
 from pipeline.metrics import Evaluated, figures
-from pipeline.settings_file import load_settings
+from pipeline.settings_file import ConfigError, load_settings
 from pipeline.store import RunLock, Store, StoreError
 from pipeline.telemetry import Terminal, quiet_third_parties
 
@@ -110,8 +110,9 @@ def calibrate(
     """
     from actors.decode import HfDecoder  # here, so that `--help` needs no torch
     from actors.engines import Completion
-    from pipeline.stages.evaluate import decoding_of, evaluated, first_of, requests_of
+    from pipeline.stages.evaluate import decoding_of, evaluated, requests_of
     from pipeline.stages.io import Codec, read_problems
+    from pipeline.stages.probes import spread
     from pipeline.stages.sft import CONTROL
 
     at, stage = (0, "base") if model == "base" else (round, "sft")
@@ -122,7 +123,7 @@ def calibrate(
     if not folder.is_dir():
         raise StoreError(f"{folder} is not there: the run was made with sft.control=false")
     codec = Codec(folder, settings.undo, settings.base.prompt)
-    chosen = first_of(read_problems(store.path(0, "problems")), "dev", problems or settings.evaluate.dev)
+    chosen = spread(read_problems(store.path(0, "problems")), "dev", problems or settings.evaluate.dev)
     chosen = [problem for problem in chosen if len(codec.prompt_ids(problem)) <= settings.engine.max_prompt]
     if not chosen:
         raise StoreError(f"no dev prompt has at most engine.max_prompt={settings.engine.max_prompt} tokens")

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from pipeline.config import ConfigError, Settings
+from pipeline.config import Settings
 from pipeline.runner import Pipeline, Selection
-from pipeline.settings_file import describe_settings, dump_settings, load_settings
+from pipeline.settings_file import ConfigError, describe_settings, dump_settings, load_settings
 from pipeline.stages.graph import NAMES
 from pipeline.stages.stage import StageError
 from pipeline.store import RunLock, StoreError

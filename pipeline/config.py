@@ -1,24 +1,18 @@
 """All settings of retract: one home, one default, one bound and one sentence for each. Imports neither torch nor ray.
 
-pipeline/settings_file.py reads them from a yaml file and the command line.
+Those of the tasks stand in task_config.py. settings_file.py reads them from a yaml file and the command line.
 """
 
 from __future__ import annotations
 
-import typing
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.backtrack.curriculum import parse_schedule
-
-
-class ConfigError(ValueError):
-    """A setting is wrong. The message is one line."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+from pipeline.task_config import CountdownTask, Gsm8kTask, Section, SyntheticTask
 
 
 class RunSettings(Section):
@@ -26,70 +20,6 @@ class RunSettings(Section):
     root: str = Field("runs", min_length=1, description="Folder that holds all runs; relative to the working folder.")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything; each row gets its own from it.")
     rounds: int = Field(1, ge=1, le=100, description="Self-play rounds: rollouts .. evaluate on the newest accepted model.")
-
-
-FamilyName = Literal["chain", "shop", "compare", "boxes", "budget", "legs", "rows"]
-
-
-class SyntheticTask(Section):
-    """Word problems from templates, seven families, see pipeline/tasks/families.py."""
-
-    name: Literal["synthetic"] = Field("synthetic", description="Made here from templates.")
-    train: int = Field(7473, ge=8, le=100_000, description="Training problems; fixed, and as many as GSM8K has.")
-    dev: int = Field(350, ge=8, le=20_000, description="Problems for early stopping and for accepting a round.")
-    test: int = Field(700, ge=8, le=20_000, description="Problems for evaluation.")
-    ood: int = Field(210, ge=8, le=20_000, description="Problems with more steps than any training problem.")
-    families: list[FamilyName] = Field(
-        ["chain", "shop", "boxes", "budget", "legs"],
-        min_length=1,
-        description=f"Families to draw from: {', '.join(typing.get_args(FamilyName))}.",
-    )
-    hindsight_share: float = Field(0.4, ge=0, le=1, description="Share of problems in which a choice precedes its evidence.")
-    steps: list[int] = Field([2, 4], min_length=2, max_length=2, description="Fewest and most steps of a solution.")
-    ood_steps: list[int] = Field([5, 8], min_length=2, max_length=2, description="The same for the ood split.")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        for key in ("steps", "ood_steps"):
-            low, high = getattr(self, key)
-            if not 2 <= low <= high <= 12:
-                raise ValueError(f"{key} must be [fewest, most] with 2 <= fewest <= most <= 12, is [{low}, {high}]")
-        if self.ood_steps[0] <= self.steps[1]:
-            raise ValueError(f"ood_steps must begin above the most steps of training, {self.steps[1]}")
-        return self
-
-
-class Gsm8kTask(Section):
-    """Problems in GSM8K's format, from the hub or from jsonl files with `question` and `answer`."""
-
-    name: Literal["gsm8k"] = Field(description="GSM8K or files of the same format.")
-    train_file: str | None = Field(None, description="jsonl file for training; null loads hub_id.")
-    test_file: str | None = Field(None, description="jsonl file for evaluation; null loads hub_id.")
-    hub_id: str = Field("openai/gsm8k", description="Dataset of the hub, used where no file is given.")
-    dev: int = Field(350, ge=1, description="Problems taken from the training file for the dev split.")
-    max_train: int | None = Field(None, ge=1, description="At most this many training problems; null takes all.")
-    max_test: int | None = Field(None, ge=1, description="At most this many test problems; null takes all.")
-    on_bad_row: Literal["fail", "skip"] = Field("fail", description="What a malformed line does; skipped ones are counted.")
-
-
-class CountdownTask(Section):
-    """Reach a target from numbers with + - * /, each number used exactly once; made here, see pipeline/tasks/countdown.py."""
-
-    name: Literal["countdown"] = Field(description="countdown: reach a target from numbers with + - * /.")
-    train: int = Field(7473, ge=8, le=100_000, description="Training problems.")
-    dev: int = Field(350, ge=8, le=20_000, description="Problems for early stopping and for accepting a round.")
-    test: int = Field(700, ge=8, le=20_000, description="Problems for evaluation.")
-    ood: int = Field(210, ge=8, le=20_000, description="Problems with more numbers than any training problem.")
-    numbers: int = Field(4, ge=3, le=6, description="How many numbers a problem gives; a solution takes one step less.")
-    ood_numbers: int | None = Field(None, ge=4, le=7, description="The same for the ood split; null takes one more than numbers.")
-    largest: int = Field(12, ge=5, le=100, description="Largest number that is given; the smallest is 1.")
-    largest_target: int = Field(100, ge=10, le=1000, description="Largest target, and largest result on the way to it.")
-
-    @model_validator(mode="after")
-    def _more_numbers_in_ood(self) -> Self:
-        if self.ood_numbers is not None and self.ood_numbers <= self.numbers:
-            raise ValueError(f"ood_numbers must be above numbers, {self.numbers}, is {self.ood_numbers}")
-        return self
 
 
 class UndoSettings(Section):
@@ -280,13 +210,27 @@ class LoraSettings(Section):
     alpha: float = Field(32.0, gt=0, le=4096, description="Scale of the adapters, divided by the rank.")
 
 
-# Keys of transformers' fsdp_config that a run may set. FSDP's version is 2, and what is saved is one whole model.
-_FSDP: dict[str, type] = {
-    "reshard_after_forward": bool,
-    "cpu_offload": bool,
-    "activation_checkpointing": bool,
-    "transformer_layer_cls_to_wrap": str,
-}
+class CheckSettings(Section):
+    """Checks while training, see actors/checks.py."""
+
+    every: int | None = Field(300, ge=1, description="Steps between two checks, the start and the end included; null is none.")
+    problems: int = Field(200, ge=1, le=100_000, description="Dev problems on which the start model's own errors are sampled.")
+
+
+class RewardWeightSettings(Section):
+    """Reward-weighted regression, see rewards/regression.py."""
+
+    beta: float | None = Field(None, gt=0, le=100, description="Of the weights exp((reward - mean) / beta) of traces; null is off.")
+    most: float = Field(20.0, ge=1, le=1000, description="Largest of these weights, before their mean is set to 1.")
+
+
+class FsdpSettings(Section):
+    """What transformers' fsdp_config may be set to; null leaves transformers' own default. What is saved is one whole model."""
+
+    reshard_after_forward: bool | None = Field(None, description="Gather the weights a second time for the backward pass.")
+    cpu_offload: bool | None = Field(None, description="Keep the shards in main memory.")
+    activation_checkpointing: bool | None = Field(None, description="Compute activations twice instead of keeping them.")
+    transformer_layer_cls_to_wrap: str | None = Field(None, min_length=1, description="Class of the layers that are sharded.")
 
 
 class SftSettings(TrainSettings):
@@ -305,13 +249,16 @@ class SftSettings(TrainSettings):
     )
     train_prompt: bool = Field(False, description="Whether prompts are targets too.")
     weights: RoleWeights = Field(RoleWeights(), description="What a target counts, by role.")
+    dynamic: bool = Field(False, description="Mask none: a target counts by what a network, trained along, takes for right.")
+    reward_weight: RewardWeightSettings = Field(RewardWeightSettings(), description="What a trace counts, by its reward.")
     together: bool = Field(True, description="Form rewind: traces of a problem share one tree.")
     most_undos: list[list[int]] | None = Field(None, description="[[step, undos], ..]: most undos of a trace from a step on.")
     trainable: Literal["all", "undo_row", "lora"] = Field("all", description="Which weights are trained.")
     lora: LoraSettings = Field(LoraSettings(), description="For trainable: lora.")
     control: bool = Field(True, description="Also train the clean control: same steps, clean rows only.")
-    fsdp: dict[str, Any] | None = Field(None, description="Shard by FSDP: transformers' fsdp_config, {} for its defaults.")
+    fsdp: FsdpSettings | None = Field(None, description="Shard the model by FSDP; {} for its defaults, null does not.")
     deepspeed: str | None = Field(None, min_length=1, description="Train by DeepSpeed, which has to be installed: its JSON file.")
+    checks: CheckSettings = Field(CheckSettings(), description="What is measured while it trains.")
 
     @field_validator("most_undos")
     @classmethod
@@ -320,15 +267,11 @@ class SftSettings(TrainSettings):
             parse_schedule("sft.most_undos", value, least=0)
         return value
 
-    @field_validator("fsdp")
-    @classmethod
-    def _is_fsdp(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        for key, given in (value or {}).items():
-            if key not in _FSDP:
-                raise ValueError(f"has no key {key}; known here: {', '.join(_FSDP)}")
-            if not isinstance(given, _FSDP[key]):
-                raise ValueError(f"{key} must be of type {_FSDP[key].__name__}")
-        return value
+    @model_validator(mode="after")
+    def _dynamic_sees_errors(self) -> Self:
+        if self.dynamic and self.mask != "none":
+            raise ValueError(f"dynamic needs mask: none, is {self.mask}: it learns from the errors what to leave out")
+        return self
 
     @model_validator(mode="after")
     def _sharded_one_way(self) -> Self:
@@ -402,6 +345,32 @@ class EvaluateSettings(SamplingSettings):
         return value
 
 
+_VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+class ExperimentSettings(Section):
+    """Ways to fine-tune, compared from the same model on the same traces, see pipeline/stages/experiment.py."""
+
+    variants: dict[str, dict[str, Any]] = Field({}, description="{name: settings of sft that differ, ..}; none: no experiment.")
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="Seeds of training; each variant is trained with every one.")
+    problems: int = Field(150, ge=1, le=100_000, description="Dev problems decoded at every check.")
+
+    @field_validator("variants")
+    @classmethod
+    def _have_names(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name in value:
+            if not _VARIANT.fullmatch(name):
+                raise ValueError(f"the name {name!r:.80} must be of letters, digits, - and _")
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _are_seeds(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value) or not all(0 <= seed < 2**31 for seed in value):
+            raise ValueError("must be different whole numbers from 0 to 2147483647")
+        return value
+
+
 class ReportSettings(Section):
     rollouts: int = Field(50, ge=0, le=10_000, description="Rollouts shown, deleted tokens struck through.")
     judged: int = Field(30, ge=0, le=10_000, description="Wrong training rollouts shown, their first error marked.")
@@ -425,6 +394,7 @@ class Settings(Section):
     sft: SftSettings = Field(SftSettings(), description="Masked fine-tuning.")
     decode: DecodeSettings = Field(DecodeSettings(), description="Decoding that rewinds.")
     evaluate: EvaluateSettings = Field(EvaluateSettings(), description="Measuring.")
+    experiment: ExperimentSettings = Field(ExperimentSettings(), description="Ways to fine-tune, compared.")
     report: ReportSettings = Field(ReportSettings(), description="The page.")
 
     @model_validator(mode="before")
@@ -444,7 +414,32 @@ class Settings(Section):
                     f"{key}.rows must be a multiple of cluster.learner_workers x {key}.accumulate = {workers} x "
                     f"{train.accumulate}, is {train.rows}"
                 )
+        if self.sft.dynamic and workers > 1:
+            raise ValueError(f"sft.dynamic trains in one process: set cluster.learner_workers to 1, is {workers}")
         sharded = "fsdp" if self.sft.fsdp is not None else "deepspeed" if self.sft.deepspeed is not None else None
         if sharded and workers < 2:
             raise ValueError(f"sft.{sharded} needs cluster.learner_workers of 2 or more, is {workers}")
         return self
+
+    @model_validator(mode="after")
+    def _variants_fit(self) -> Self:
+        for name in self.experiment.variants:
+            try:
+                variant(self, name)
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                key = ".".join(["sft", *map(str, first["loc"])])
+                raise ValueError(f"experiment.variants.{name}: {key}: {first['msg'].removeprefix('Value error, ')}") from None
+        return self
+
+
+def variant(settings: Settings, name: str) -> SftSettings:
+    """The section sft as a variant of the experiment changes it; checks are at `sft.checks.every`, or at the end alone."""
+    return SftSettings.model_validate(_merge(settings.sft.model_dump(), settings.experiment.variants[name]))
+
+
+def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    return values | {
+        key: _merge(values[key], value) if isinstance(value, dict) and isinstance(values.get(key), dict) else value
+        for key, value in changes.items()
+    }

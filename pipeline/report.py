@@ -30,12 +30,22 @@ NONE = "–"
 MINUS, NBSP = "−", "\u00a0"
 LONGEST = 6000
 """Characters of one text that the page shows; the rest is counted."""
+MEASURES = (
+    ("accuracy", "accuracy"),
+    ("undo_rate", "with undo"),
+    ("spurious_rate", "with spurious undo"),
+    ("logp_error", "log p(error | prefix), nats"),
+    ("p_undo_error", "P(U | own error)"),
+    ("p_undo_right", "P(U | right)"),
+    ("p_correction", "P(correction | after undo)"),
+)
+"""What an experiment measures, with the words for it."""
 KINDS = ("all", "forward", "hindsight")
 LABELS = {"base": "before", "clean_control": "clean control", "sft": "after"}
 _PHRASES = {"base": "the model before", "clean_control": "the clean control"}
 # Colours of the figures, replaced by the page's own so that they follow light and dark.
-_INK, _RULE, _SERIES = "#010203", "#040506", ("#070809", "#0a0b0c")
-_STYLES = ("-", (0, (4, 2)))
+_INK, _RULE, _SERIES = "#010203", "#040506", ("#070809", "#0a0b0c", "#0d0e0f", "#101112")
+_STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -111,6 +121,8 @@ class Line:
 
     name: str
     points: Sequence[Sequence[float]]
+    band: Sequence[Sequence[float]] = ()
+    """(step, low, high) of an interval, drawn as a band."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,8 @@ class Plot:
     """Step whose weights were kept, marked by an upright line."""
     bars: bool = False
     """Upright bars at whole numbers in place of lines, for a histogram."""
+    whole: bool = True
+    """Whether a percentage is drawn from 0 to 100, or as far as it goes."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +164,11 @@ class Page:
     decode: DecodeSettings = field(default_factory=DecodeSettings)
     """How mode `rewind` decodes."""
     plots: Sequence[Plot] = ()
+    checked: Sequence[str] = ()
+    """What the checks of each training found of its loss and its mask, in words."""
+    experiment: Sequence[Plot] = ()
+    compared: Mapping[str, Any] = field(default_factory=dict)
+    """What `metrics.json` of an experiment holds."""
     tables: Sequence[CountTable] = ()
     histograms: Sequence[Plot] = ()
     judged: Sequence[JudgedShown] = ()
@@ -171,6 +190,7 @@ def render(page: Page) -> str:
         "reach": lambda ends: f"{points(ends[0])} to {points(ends[1])}",
         "visible": visible,
         "clip": clip,
+        "settings": lambda changes: ", ".join(f"{key} {value}" for key, value in changes.items()) or "nothing",
         "label": lambda model: LABELS.get(model, model),
     }
     environment.filters |= filters
@@ -199,6 +219,9 @@ def render(page: Page) -> str:
         phrase=phrase,
         figures=_figures(page.plots, "plot"),
         histograms=_figures(page.histograms, "histogram"),
+        experiment=_figures(page.experiment, "experiment"),
+        measures=MEASURES,
+        last_measures=_last_measures(page.compared),
     )
 
 
@@ -336,6 +359,11 @@ def tabulate(title: str, head: str, columns: Sequence[str], counts: Mapping[tupl
     return CountTable(title, head, columns, [("all", [sum(row[1][i] for row in rows) for i in range(len(columns))]), *rows])
 
 
+def _last_measures(compared: Mapping[str, Any]) -> Callable[..., Mapping[str, Any]]:
+    """Lookup by variant, group and measure of what an experiment measured at each variant's last step."""
+    return _finder(sorted(compared.get("measures", ()), key=lambda row: row["step"]), "variant", "group", "name")
+
+
 def _figures(plots: Sequence[Plot], name: str) -> list[Markup]:
     return [figure(plot, f"{name}{i}") for i, plot in enumerate(plots) if any(line.points for line in plot.lines)]
 
@@ -361,15 +389,22 @@ def figure(plot: Plot, name: str) -> Markup:
         for i, line in enumerate(drawn):
             steps, values = zip(*line.points, strict=True)
             if plot.bars:
-                axes.bar(steps, values, width=0.7, color=_SERIES[i % 2], label=line.name)
+                axes.bar(steps, values, width=0.7, color=_SERIES[i % len(_SERIES)], label=line.name)
                 continue
+            if line.band:
+                places, low, high = zip(*line.band, strict=True)
+                axes.fill_between(places, low, high, color=_SERIES[i % len(_SERIES)], alpha=0.15, linewidth=0)
             marker = "o" if len(values) < 30 else ""
-            style: dict[str, Any] = {"color": _SERIES[i % 2], "linestyle": _STYLES[i % 2], "marker": marker}
+            style: dict[str, Any] = {
+                "color": _SERIES[i % len(_SERIES)],
+                "linestyle": _STYLES[(i + i // len(_SERIES)) % len(_STYLES)],
+                "marker": marker,
+            }
             axes.plot(steps, values, **style, linewidth=1.6, markersize=3, clip_on=False, label=line.name)
         if plot.percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-            axes.set_ylim(0, 1)
-        else:
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if plot.whole else None, symbol=" %"))
+            axes.set_ylim(0, 1 if plot.whole else None)
+        elif all(value >= 0 for line in drawn for _, value in line.points):
             axes.set_ylim(bottom=0)
         if plot.kept_step is not None:
             axes.axvline(plot.kept_step, color=_INK, linewidth=0.8, linestyle=":", label=f"kept, step {plot.kept_step}")
@@ -388,6 +423,6 @@ def figure(plot: Plot, name: str) -> Markup:
     svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)  # it would hold for the whole page
     svg = re.sub(r' width="[^"]*" height="[^"]*"', ' role="img"', svg, count=1)
     svg = re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", svg)
-    for colour, variable in ((_INK, "ink"), (_RULE, "rule"), *zip(_SERIES, ("series-1", "series-2"), strict=True)):
+    for colour, variable in ((_INK, "ink"), (_RULE, "rule"), *((colour, f"series-{i + 1}") for i, colour in enumerate(_SERIES))):
         svg = svg.replace(colour, f"var(--{variable})")
     return Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(plot.title, Markup(svg))

@@ -79,7 +79,7 @@ class Pipeline:
     def plan(self) -> Iterator[Planned]:
         """What `run` would do, stage by stage, without doing it."""
         rebuilt: set[tuple[int, str]] = set()
-        for round, stage in steps(self._settings.run.rounds):
+        for round, stage in steps(self._settings):
             state, why = self._decide(round, stage, rebuilt)
             if state == "rebuild":
                 rebuilt.add((round, stage.name))
@@ -96,7 +96,7 @@ class Pipeline:
         (folder / "config.yaml").write_text(dump_settings(self._settings))
         with ExitStack() as stack:
             workers: Workers | None = None
-            for round, stage in steps(self._settings.run.rounds):
+            for round, stage in steps(self._settings):
                 state, why = self._decide(round, stage, set())
                 if state == "rebuild":
                     workers = workers or stack.enter_context(self._workers())

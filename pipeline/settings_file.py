@@ -16,7 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
-from pipeline.config import ConfigError, Section, Settings
+from pipeline.config import Section, Settings
+
+
+class ConfigError(ValueError):
+    """A setting is wrong. The message is one line."""
 
 
 def load_settings(file: Path, overrides: Sequence[str] = ()) -> Settings:
@@ -101,8 +105,14 @@ def _fields_at(path: Sequence[str], problem: Any) -> list[str]:
     for part in path:
         model = model.model_fields[part].annotation
         if typing.get_origin(model) in (typing.Union, types.UnionType):
+            members = _models_of(model)
             chosen = problem["loc"][1]  # behind `task` stands the task's name
-            model = next(m for m in typing.get_args(model) if chosen in typing.get_args(m.model_fields["name"].annotation))
+            named = (
+                [m for m in members if chosen in typing.get_args(m.model_fields["name"].annotation)]
+                if len(members) > 1
+                else members
+            )
+            model = named[0]
     return list(model.model_fields)
 
 
@@ -120,7 +130,7 @@ def _describe(model: Any, given: Section | None, prefix: str, lines: list[str]) 
         value = getattr(given, name) if given else field.default
         for member in members:
             _describe(member, value if isinstance(value, member) else None, f"{prefix}{name}.", lines)
-        if not members:
+        if not members or value is None:  # a section may be absent
             default = "" if field.is_required() else f"={'null' if value is None else value}"
             lines.append(f"  {prefix}{name}{default}".ljust(44) + f"  {field.description}")
 

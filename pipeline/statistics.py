@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
+from statistics import fmean, stdev
 
 from scipy.stats import binomtest, mannwhitneyu
+from scipy.stats import t as student
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,28 @@ def share(hits: int, n: int) -> Share | None:
         return None
     interval = binomtest(hits, n).proportion_ci(method="wilson")
     return Share(hits / n, float(interval.low), float(interval.high), n)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean of n values with its 95 % interval by Student's t; the interval is None for a single value."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+def mean(values: Sequence[float], least: float = -inf, most: float = inf) -> Mean | None:
+    """None when there are no values. `least` and `most` are the bounds of what is measured; an interval ends there."""
+    n = len(values)
+    if n == 0:
+        return None
+    value = fmean(values)
+    if n == 1:
+        return Mean(value, None, None, 1)
+    half = float(student.ppf(0.975, n - 1)) * stdev(values) / n**0.5
+    return Mean(value, max(least, value - half), min(most, value + half), n)
 
 
 @dataclass(frozen=True)

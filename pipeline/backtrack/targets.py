@@ -6,7 +6,7 @@ Called by the learner. `Targets` is the one place that says what is masked, wher
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -105,15 +105,28 @@ def _detected(trace: Trace, rule: UndoRule, detect_at: DetectAt) -> list[int]:
     return found
 
 
-def segments(traces: Sequence[Trace], rule: UndoRule, targets: Targets, form: Form) -> list[Segment]:
+def segments(
+    traces: Sequence[Trace], rule: UndoRule, targets: Targets, form: Form, counts: Sequence[float] | None = None
+) -> list[Segment]:
     """Traces laid out for the learner: in the rewind form one tree of all of them (they begin with the same prompt), in the
-    others a row for each."""
+    others a row for each.
+
+    Args:
+        counts: [traces] What each trace counts: all its weights are multiplied by that.
+    """
     walks = [trace_walk(trace, rule, targets) for trace in traces]
+    if counts is not None:
+        walks = [_counting(walk, count) for walk, count in zip(walks, counts, strict=True)]
     if form.context == "rewind":
         return [rewind(grow(walks, rule, form.rewinding), once=True)]
     if form.context == "soft":
         return [soft(walk) for walk in walks]
     return [hard(walk, rule, hide_undos=form.hide_undos, positions=form.positions) for walk in walks]
+
+
+def _counting(walk: Walk, count: float) -> Walk:
+    weights = tuple(count * weight for weight in walk.weights or ())
+    return replace(walk, weights=weights, prompt_weight=count * walk.prompt_weight)
 
 
 class ErrorPredictor(nn.Module):

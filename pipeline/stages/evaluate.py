@@ -6,26 +6,23 @@ The main mode decodes every split; the others, which are there to be set beside 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import exp
 from pathlib import Path
-from typing import Any
 
 from datasets import Features, Value
 from datasets import List as ListOf
 
 from actors.engines import Completion, Request, Sampling
-from actors.judge import judge_rows
-from actors.probe import ProbeRow
 from pipeline.backtrack.cursor import DecodeRequest, Decoding, Mode, Signal
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import Settings
 from pipeline.metrics import Evaluated, Probed, accepted, summarise, tokens_table
 from pipeline.stages.io import Codec, read_problems, write_json, write_rows
+from pipeline.stages.probes import own_errors, spread, spurious_undos
 from pipeline.stages.rollouts import context_length, row_seed, within_context
 from pipeline.stages.sft import CONTROL
-from pipeline.stages.sources import locate
 from pipeline.stages.stage import Context
 from pipeline.stages.votes import elected, requests_for, votes_needed, without_undo
 from pipeline.tasks.problem import Problem
@@ -79,7 +76,7 @@ def run(context: Context) -> None:
     asked = settings.evaluate
     problems = read_problems(context.inputs["problems"])
     chosen = [
-        p for split, most in (("test", asked.test), ("dev", asked.dev), ("ood", asked.ood)) for p in first_of(problems, split, most)
+        p for split, most in (("test", asked.test), ("dev", asked.dev), ("ood", asked.ood)) for p in spread(problems, split, most)
     ]
     prompts = [codec.prompt_ids(problem) for problem in chosen]
     fits, too_long = within_context(context, chosen, prompts)
@@ -106,14 +103,6 @@ def run(context: Context) -> None:
     if not metrics["accepted"]:
         context.terminal.warn(f"round {context.round} is not accepted: dev accuracy fell; the next round starts from the old model")
     context.counts.update(rows=len(rows), models=len(models), problems=len(chosen), probes=len(probes), prompt_too_long=too_long)
-
-
-def first_of(problems: Sequence[Problem], split: str, most: int | None) -> list[Problem]:
-    """Evenly spread over the split, so that every family is there."""
-    of_split = [problem for problem in problems if problem.split == split]
-    if most is None or most >= len(of_split):
-        return of_split
-    return [of_split[i * len(of_split) // most] for i in range(most)]
 
 
 def _models(context: Context) -> list[Model]:
@@ -237,25 +226,9 @@ def evaluated(model: str, mode: str, problem: Problem, done: Completion, first: 
     )
 
 
-def spurious_undos(problem: Problem, ids: Sequence[int], codec: Codec) -> int:
-    """Undo tokens that deleted something while nothing wrong stood there."""
-    count = 0
-    for index, token in enumerate(ids):
-        if token == codec.rule.undo_id:
-            state = apply_undo(ids[:index], codec.rule).surviving
-            count += bool(state) and not judge_of(problem).state_is_wrong(problem, codec.decode(state).text)
-    return count
-
-
 def _probe(context: Context, models: Sequence[Model], problems: Sequence[Problem], codec: Codec) -> list[Probed]:
     """Own errors of the start model on test problems, and the same states made right, under every model."""
-    settings = context.settings
-    start = models[0]
-    pool = context.workers.pool(start.folder, start.version, context_length(context))
-    sampling = Sampling(1.0, 1.0, settings.rollouts.max_tokens, codec.stop_id, (codec.rule.undo_id,))
-    requests = [Request(codec.prompt_ids(p), row_seed(settings.run.seed, f"probe/{p.id}")) for p in problems]
-    completions, _ = pool.generate(requests, sampling, settings.rollouts.batch)
-    cases = _cases(problems, completions, codec)[: settings.evaluate.probes]
+    cases = own_errors(context, models[0].folder, models[0].version, problems, codec)[: context.settings.evaluate.probes]
     found: list[Probed] = []
     for model in models if cases else ():
         questions = [question for case in cases for question in (case.error, case.right)]
@@ -274,46 +247,3 @@ def _probe(context: Context, models: Sequence[Model], problems: Sequence[Problem
                 )
             )
     return found
-
-
-@dataclass(frozen=True)
-class Case:
-    """An own error and the right state beside it."""
-
-    problem: Problem
-    kind: str
-    error: ProbeRow
-    """Asks for the undo token at the evidence, then for the tokens of the wrong decision."""
-    right: ProbeRow
-    """Asks for the undo token at the same place of the gold solution."""
-
-
-def _cases(problems: Sequence[Problem], completions: Sequence[Completion], codec: Codec) -> list[Case]:
-    texts = [codec.decode(completion.token_ids) for completion in completions]
-    judged = judge_rows([(problem, text.text) for problem, text in zip(problems, texts, strict=True)])
-    cases = []
-    for problem, completion, one in zip(problems, completions, judged, strict=True):
-        if one.attempt is None:
-            continue
-        right = judge_of(problem).right_state(problem, one.attempt.step, one.attempt.text.count("\n") + 1)
-        if right is None:
-            continue
-        prompt = codec.prompt_ids(problem)
-        verdict: Mapping[str, Any] = {
-            "try_start": one.attempt.start,
-            "try_text": one.attempt.text,
-            "try_wrong": one.attempt.wrong,
-            "try_own": one.attempt.own,
-        }
-        rollout = {"id": problem.id, "prompt_ids": prompt, "token_ids": completion.token_ids}
-        if (wrong := locate(verdict, rollout, problem, codec)) is None:
-            continue
-        before = (*prompt, *wrong.prefix)
-        ids = (*before, *wrong.wrong_try.ids)
-        decisions = tuple(len(before) + i for i, is_wrong in enumerate(wrong.wrong_try.wrong) if is_wrong)
-        undo = codec.rule.undo_id
-        error = ProbeRow(ids, (len(ids), *decisions), (undo, *(ids[i] for i in decisions)))
-        state = (*prompt, *codec.encode(right))
-        kind = one.verdict.error.kind if one.verdict.error else ""
-        cases.append(Case(problem, kind, error, ProbeRow(state, (len(state),), (undo,))))
-    return cases

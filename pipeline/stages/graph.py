@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Gsm8kTask, Settings
+from pipeline.config import Settings
 from pipeline.stages.stage import Input, Stage, StageError
+from pipeline.task_config import Gsm8kTask
 
 MODEL = "model"
 """Stands for the newest accepted model before a round: an earlier round's sft output, or base."""
@@ -53,6 +55,12 @@ def _generation(settings: Settings) -> dict[str, Any]:
     longest = max(settings.rollouts.max_tokens, settings.evaluate.max_tokens)
     engine = settings.engine.model_dump(mode="json", include={"kind", "dtype", "max_prompt"})
     return {"engine": engine, "longest": longest, "prompt": settings.base.prompt, "seed": settings.run.seed}
+
+
+def _own_errors(settings: Settings) -> dict[str, Any]:
+    """What the errors depend on at which a training is checked; how much room the engine has for longer rows is not of it."""
+    engine = settings.engine.model_dump(mode="json", include={"kind", "dtype", "max_prompt"})
+    return {"engine": engine, "max_tokens": settings.rollouts.max_tokens}
 
 
 def samples_prefixes(settings: Settings) -> bool:
@@ -112,7 +120,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "sft",
-        2,
+        3,
         lambda round: (_PROBLEMS, _BASE, _model(round), *(Input(f"traces-{r}", r, "traces") for r in range(1, round + 1))),
         lambda s: {
             "sft": s.sft.model_dump(mode="json", exclude={"checkpoint_every"}),
@@ -120,6 +128,7 @@ STAGES: tuple[Stage, ...] = (
             "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
             "prompt": s.base.prompt,
             "seed": s.run.seed,
+            "own_errors": _own_errors(s) if s.sft.checks.every else None,
         },
     ),
     Stage(
@@ -134,6 +143,23 @@ STAGES: tuple[Stage, ...] = (
                 "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
             }
         ),
+    ),
+    Stage(
+        "experiment",
+        1,
+        lambda round: (_PROBLEMS, _model(1), Input("traces", 1, "traces")),
+        lambda s: (
+            _generation(s)
+            | {
+                "experiment": s.experiment.model_dump(mode="json"),
+                "sft": s.sft.model_dump(mode="json", exclude={"checkpoint_every", "control"}),
+                "own_errors": _own_errors(s),
+                "evaluate": s.evaluate.model_dump(mode="json", include={"temperature", "top_p", "max_tokens"}),
+                "decode": s.decode.model_dump(mode="json"),
+                "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
+            }
+        ),
+        per_round=False,
     ),
     Stage(
         "report",
@@ -159,8 +185,16 @@ STAGES: tuple[Stage, ...] = (
 NAMES = tuple(stage.name for stage in STAGES)
 
 
-def steps(rounds: int) -> list[tuple[int, Stage]]:
-    """(round, stage) in the order of a run: what is made once, the rounds, the report of all of them."""
-    before = [(0, stage) for stage in STAGES if not stage.per_round and stage.name != "report"]
+def steps(settings: Settings) -> list[tuple[int, Stage]]:
+    """(round, stage) in the order of a run: what is made once, the rounds, an experiment on the first round's traces where one is
+    configured, the report of all of them."""
+    rounds = settings.run.rounds
+    by_name = {stage.name: stage for stage in STAGES}
+    before = [(0, by_name[name]) for name in ("problems", "base")]
     within = [(round, stage) for round in range(1, rounds + 1) for stage in STAGES if stage.per_round]
-    return [*before, *within, (rounds, STAGES[-1])]
+    report = by_name["report"]
+    if not settings.experiment.variants:
+        return [*before, *within, (rounds, report)]
+    read = report.inputs
+    report = replace(report, inputs=lambda round: (*read(round), Input("experiment", 1, "experiment")))
+    return [*before, *within, (1, by_name["experiment"]), (rounds, report)]

@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 from datasets import Features, Value
 
-from pipeline.config import CountdownTask, Gsm8kTask
 from pipeline.stages.io import write_rows
 from pipeline.stages.stage import Context, StageError
+from pipeline.task_config import CountdownTask, Gsm8kTask
 from pipeline.tasks import countdown, gsm8k, synthetic
 from pipeline.tasks.problem import SPLITS, Problem, TaskError
 

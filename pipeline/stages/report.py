@@ -13,9 +13,11 @@ from typing import Any
 from datasets import Dataset
 from omegaconf import OmegaConf
 
+from actors.checks import BATCH
 from pipeline.card import model_card, usage
 from pipeline.config import Settings
 from pipeline.report import CountTable, JudgedShown, Line, Page, Plot, Shown, ShownGroup, pieces, render, tabulate
+from pipeline.stages.curves import experiment_plots, plots_of
 from pipeline.stages.io import Codec, read_problems, read_rows, write_json
 from pipeline.stages.sft import CONTROL
 from pipeline.stages.stage import Context
@@ -44,9 +46,12 @@ def run(context: Context) -> None:
     with context.terminal.stage("report", None) as progress:
         tables = [table for round in rounds for table in _trace_tables(context.inputs, round, problems)]
         curves = _curves(context.inputs, rounds)
+        compared = _compared(context.inputs)
         rollouts = read_rows(context.inputs[f"evaluate-{context.round}"])
         metrics = _gather(context, rounds)
         groups = _choose(rollouts, metrics["rounds"][-1]["mode"], settings.report.rollouts, problems, codec)
+        if compared:
+            metrics["experiment"] = compared
         metrics["counts"] = _counts(problems.values(), tables, curves, rollouts)
         write_json(metrics, context.out / "metrics.json")
         page = Page(
@@ -56,7 +61,10 @@ def run(context: Context) -> None:
             temperature=settings.evaluate.temperature,
             metrics=metrics,
             decode=settings.decode,
-            plots=_plots(curves),
+            plots=plots_of(curves),
+            checked=_checked(curves),
+            experiment=experiment_plots(compared),
+            compared=compared,
             tables=tables,
             histograms=[_histogram(context.inputs[f"judge-{round}"], round) for round in rounds],
             judged=_judged(context.inputs, context.round, settings.report.judged, problems, codec),
@@ -94,18 +102,30 @@ def _curves(inputs: Mapping[str, Path], rounds: Iterable[int]) -> dict[str, dict
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
 
 
-def _plots(curves: Mapping[str, Mapping[str, Any]]) -> list[Plot]:
-    plots = []
+def _checked(curves: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence for each training that was checked."""
+    found = []
     for name, curve in curves.items():
-        kind, _, round = name.partition("-")
-        if kind == "base":
-            plots.append(Plot("base: loss", [Line("loss", curve["losses"])]))
-            plots.append(Plot("base: greedy dev accuracy", [Line("dev accuracy", curve["checks"])], True, curve.get("kept_step")))
-        elif kind == "sft":
-            control = curves.get(f"control-{round}", {"losses": []})
-            lines = [Line("sft", curve["losses"]), Line("clean control", control["losses"])]
-            plots.append(Plot(f"round {round}: loss", lines))
-    return plots
+        batch: dict[str, list[float]] = {}
+        for _, group, measure, value, *_ in curve.get("probes", ()):
+            if group == BATCH:
+                batch.setdefault(measure, []).append(value)
+        if batch:
+            by_hand = zip(batch["loss"], batch.get("loss_by_hand", ()), strict=False)
+            off = max((abs(fast - slow) for fast, slow in by_hand), default=None)
+            apart = "" if off is None else f", and the loss of a batch was at most {off:.0e} off what it is trace by trace"
+            share = max(batch["masked_share"])
+            found.append(
+                f"{name.replace('-', ', round ')}: at {len(batch['loss'])} checks the largest share of the gradient that came from "
+                f"masked targets was {share:.3g}{apart}."
+            )
+    return found
+
+
+def _compared(inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """What an experiment measured; empty where the run has none."""
+    found: dict[str, Any] = json.loads((inputs["experiment"] / "metrics.json").read_text()) if "experiment" in inputs else {}
+    return found
 
 
 def _trace_tables(inputs: Mapping[str, Path], round: int, problems: Mapping[str, Problem]) -> list[CountTable]:

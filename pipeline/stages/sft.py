@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from actors.checks import HeldOut, alarms
 from actors.learner import Curve
 from actors.packing import TrainingSet
 from actors.workers import curve_json
@@ -16,7 +16,9 @@ from pipeline.backtrack.undo import UndoRule
 from pipeline.config import SftSettings
 from pipeline.stages.base import clean_trace
 from pipeline.stages.io import Codec, read_problems, read_rows, write_json
+from pipeline.stages.probes import dev_cases, held_out
 from pipeline.stages.stage import Context, StageError
+from rewards.regression import regression_weights, trace_reward
 
 CONTROL = "control"
 """Folder of the clean control below the stage's own model folder."""
@@ -25,16 +27,24 @@ CONTROL = "control"
 def run(context: Context) -> None:
     settings = context.settings
     wanted = range(1, context.round + 1) if settings.traces.replay else [context.round]
-    traces = [_trace(row) for round in wanted for row in read_rows(context.inputs[f"traces-{round}"])]
+    traces = [trace for round in wanted for trace in read_traces(context.inputs[f"traces-{round}"])]
     if not traces:
         raise StageError("sft: the traces stage left no rows")
     codec = Codec(context.inputs["model"], settings.undo, settings.base.prompt)
-    curve = _train(context, "sft", training_set(traces, codec.rule, settings.sft), context.out)
+    checked = held_out(settings.sft, dev_cases(context, codec, settings.sft.checks.problems)) if settings.sft.checks.every else None
+    data = training_set(traces, codec.rule, settings.sft)
+    kept = context.resume / "sft"
+    curve = train(context, "sft", data, context.out, settings.sft, settings.run.seed, kept, checked)
+    write_json(curve_json(curve), context.out / "curve.json")
     context.counts.update(rows=len(traces), steps=curve.step, tokens=curve.tokens, target_tokens=curve.target_tokens)
     context.counts["left_out"] = curve.left_out
     if settings.sft.control:
         clean = [clean_trace(codec, problem) for problem in read_problems(context.inputs["problems"], "train")]
-        control = _train(context, "sft/control", TrainingSet(clean, codec.rule), context.out / CONTROL)
+        data = TrainingSet(clean, codec.rule)
+        plain = settings.sft.model_copy(update={"dynamic": False})
+        kept = context.resume / "sft-control"
+        control = train(context, "sft/control", data, context.out / CONTROL, plain, settings.run.seed, kept)
+        write_json(curve_json(control), context.out / CONTROL / "curve.json")
         context.counts.update(control_rows=len(clean), control_steps=control.step, control_tokens=control.tokens)
 
 
@@ -43,13 +53,15 @@ def start(context: Context) -> Path:
     return context.inputs["base" if context.settings.sft.init == "base" else "model"]
 
 
-def _trace(row: dict[str, Any]) -> Trace:
-    return Trace(tuple(row["input_ids"]), tuple(row["roles"]))
+def read_traces(folder: Path) -> list[Trace]:
+    """Traces of the traces stage, clean rows among them."""
+    return [Trace(tuple(row["input_ids"]), tuple(row["roles"])) for row in read_rows(folder)]
 
 
 def training_set(traces: Sequence[Trace], rule: UndoRule, sft: SftSettings) -> TrainingSet:
     """Traces as the settings want them taught."""
     weights = Weights(**sft.weights.model_dump())
+    beta, most = sft.reward_weight.beta, sft.reward_weight.most
     return TrainingSet(
         traces,
         rule,
@@ -57,25 +69,35 @@ def training_set(traces: Sequence[Trace], rule: UndoRule, sft: SftSettings) -> T
         Form(sft.form, sft.rewinding, sft.hide_undos, sft.positions),
         sft.together,
         parse_schedule("sft.most_undos", sft.most_undos) if sft.most_undos else None,
+        regression_weights([trace_reward(trace, rule) for trace in traces], beta, most) if beta else None,
     )
 
 
-def _train(context: Context, name: str, data: TrainingSet, target: Path) -> Curve:
-    train = context.settings.sft
-    with context.terminal.stage(name, train.steps, "steps") as progress:
-        curve = context.workers.fit(
-            start(context),
-            target,
-            data,
-            train,
-            context.settings.run.seed,
-            lambda c: progress.update(c.step, f"loss {c.losses[-1][1]:.3f}" if c.losses else ""),
-            resume=context.resume / name.replace("/", "-"),
-        )
-        progress.update(curve.step, f"loss {curve.losses[-1][1]:.3f}" if curve.losses else "")
+def train(
+    context: Context,
+    name: str,
+    data: TrainingSet,
+    target: Path,
+    settings: SftSettings,
+    seed: int,
+    resume: Path,
+    checked: HeldOut | None = None,
+) -> Curve:
+    """Train the start model on the set, with progress, and warn of what the checks find."""
+    told: list[str] = []
+    with context.terminal.stage(name, settings.steps, "steps") as progress:
+
+        def show(curve: Curve) -> None:
+            progress.update(curve.step, f"loss {curve.losses[-1][1]:.3f}" if curve.losses else "")
+            lines = alarms(curve.probes, curve.right_states, context.settings.decode.threshold)
+            for line in lines[len(told) :]:
+                context.terminal.warn(f"{name}: {line}")
+            told[:] = lines
+
+        curve = context.workers.fit(start(context), target, data, settings, seed, show, resume=resume, held_out=checked)
+        show(curve)
     if curve.left_out:
         context.terminal.warn(
             f"{name}: {curve.left_out} of {len(data.traces)} rows are longer than sft.row_tokens and were left out"
         )
-    write_json(curve_json(curve), target / "curve.json")
     return curve

@@ -10,7 +10,7 @@ import json
 import random
 from collections.abc import Iterator
 
-from pipeline.config import CountdownTask
+from pipeline.task_config import CountdownTask
 from pipeline.tasks.families import equation
 from pipeline.tasks.problem import Problem, TaskError, split_of
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Gsm8kTask
+from pipeline.task_config import Gsm8kTask
 from pipeline.tasks.problem import Problem, TaskError
 
 _FINAL = re.compile(r"^####\s*(\S.*?)\s*$", re.MULTILINE)

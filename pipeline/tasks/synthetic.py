@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator
 from types import SimpleNamespace
 
-from pipeline.config import SyntheticTask
+from pipeline.task_config import SyntheticTask
 from pipeline.tasks.families import FAMILIES, Family
 from pipeline.tasks.problem import Problem, TaskError, split_of
 

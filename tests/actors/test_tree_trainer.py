@@ -123,7 +123,7 @@ def slow_loss(model: Any, data: TrainingSet) -> torch.Tensor:
 
 def fast_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """What the trainer computes. It takes logits in fp32."""
-    trainer: Any = SimpleNamespace(accelerator=SimpleNamespace(unwrap_model=lambda one: one))
+    trainer: Any = SimpleNamespace(accelerator=SimpleNamespace(unwrap_model=lambda one: one), dynamic=None)
     return TreeTrainer.compute_loss(trainer, model, batch, num_items_in_batch=float(batch["weight"].sum()))
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from pipeline.backtrack.embedding import add_undo_token
-from pipeline.config import ScratchModel, SyntheticTask
+from pipeline.config import ScratchModel
 from pipeline.config import UndoSettings as Undo
 from pipeline.stages.base import new_model, train_tokenizer
 from pipeline.stages.io import write_rows
 from pipeline.stages.problems import FEATURES
+from pipeline.task_config import SyntheticTask
 from pipeline.tasks import synthetic
 
 PROBLEMS = list(synthetic.load(SyntheticTask(train=8, dev=8, test=8, ood=8), seed=0))

@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import CountdownTask
 from pipeline.stages.problems import _check
+from pipeline.task_config import CountdownTask
 from pipeline.tasks import countdown
 from pipeline.tasks.problem import Problem, TaskError, split_of
 

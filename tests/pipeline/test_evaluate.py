@@ -29,6 +29,7 @@ from pipeline.config import (
 from pipeline.config import UndoSettings as Undo
 from pipeline.stages import evaluate
 from pipeline.stages.io import Codec
+from pipeline.stages.probes import spurious_undos
 from pipeline.stages.rollouts import row_seed
 from pipeline.stages.stage import Context
 from pipeline.stages.votes import votes_needed
@@ -195,7 +196,7 @@ def spurious(unit: str, folder: Path, *pieces: str | int) -> int:
     ids: list[int] = []
     for piece in pieces:
         ids += codec.encode(piece) if isinstance(piece, str) else [codec.rule.undo_id] * piece
-    return evaluate.spurious_undos(CHAIN, ids, codec)
+    return spurious_undos(CHAIN, ids, codec)
 
 
 CHAIN = next(problem for problem in EVALUATED if problem.family == "chain")

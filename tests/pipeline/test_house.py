@@ -11,7 +11,10 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FLOORS = {
-    **dict.fromkeys(("backtrack", "config", "settings_file", "tasks", "store", "telemetry", "statistics", "metrics", "install"), 0),
+    **dict.fromkeys(
+        ("backtrack", "config", "task_config", "settings_file", "tasks", "store", "telemetry", "statistics", "metrics", "install"),
+        0,
+    ),
     "verifiers": 1,
     "rewards": 2,
     "actors": 3,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from actors.learner import Curve
 from actors.packing import TrainingSet
 from pipeline.backtrack.curriculum import Schedule
 from pipeline.backtrack.targets import Form, Targets, Weights
@@ -89,11 +90,12 @@ class Trained:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sets: dict[str, TrainingSet] = {}
-        monkeypatch.setattr(sft, "_train", self._train)
+        monkeypatch.setattr(sft, "train", self._train)
 
-    def _train(self, context: Any, name: str, data: TrainingSet, target: Path) -> Any:
+    def _train(self, context: Any, name: str, data: TrainingSet, target: Path, *_: Any) -> Curve:
         self.sets[name] = data
-        return SimpleNamespace(step=1, tokens=1, target_tokens=1, left_out=0)
+        target.mkdir(exist_ok=True)
+        return Curve(step=1, tokens=1, target_tokens=1)
 
 
 @pytest.mark.parametrize(("replay", "seen"), [(True, [1, 2, 3]), (False, [3])])
@@ -105,8 +107,8 @@ def test_replay_keeps_the_traces_of_earlier_rounds(
         write_rows([trace_row(round)], FEATURES, tmp_path / str(round))
         inputs[f"traces-{round}"] = tmp_path / str(round)
     trained = Trained(monkeypatch)
-    settings = Settings.model_validate({"traces": {"replay": replay}, "sft": {"control": False}})
-    sft.run(SimpleNamespace(settings=settings, round=3, inputs=inputs, out=tmp_path, counts={}))  # type: ignore[arg-type]
+    settings = Settings.model_validate({"traces": {"replay": replay}, "sft": {"control": False, "checks": {"every": None}}})
+    sft.run(SimpleNamespace(settings=settings, round=3, inputs=inputs, out=tmp_path, resume=tmp_path, counts={}))  # type: ignore[arg-type]
     (data,) = trained.sets.values()
     assert [trace.ids for trace in data.traces] == [(5, token) for token in seen]
     assert {trace.prompt_length for trace in data.traces} == {1}
@@ -134,17 +136,19 @@ def test_traces_are_taught_as_the_settings_say(tmp_path: Path, with_undo: Path, 
             "sft": {
                 "form": "hard", "hide_undos": True, "positions": "depth", "mask": "span", "detect_at": "first",
                 "train_prompt": True, "together": False, "weights": {"undo": 2.0}, "most_undos": [[0, 1], [5, 3]],
+                "reward_weight": {"beta": 0.5}, "checks": {"every": None},
             },
         }
     )  # fmt: skip
     inputs = {"model": with_undo, "traces-1": tmp_path / "traces", "problems": tmp_path / "problems"}
     counts: dict[str, int] = {}
-    sft.run(SimpleNamespace(settings=settings, round=1, inputs=inputs, out=tmp_path, counts=counts))  # type: ignore[arg-type]
+    sft.run(SimpleNamespace(settings=settings, round=1, inputs=inputs, out=tmp_path, resume=tmp_path, counts=counts))  # type: ignore[arg-type]
     data, control = trained.sets["sft"], trained.sets["sft/control"]
     assert data.traces == [Trace(tuple(ids), tuple(roles))]
     assert (data.rule.undo_id, data.rule.unit) == (undo_id, "token")
     assert data.targets == Targets("span", "first", True, Weights(undo=2.0))
     assert data.form == Form("hard", "deferred", True, "depth") and not data.together
+    assert data.weights == [1.0]  # the only trace is as good as their mean
     assert data.most_undos == Schedule(((0, 1), (5, 3)))
     assert len(control.traces) == counts["control_rows"] == 3
     assert control.targets == Targets() and control.form == Form() and control.most_undos is None

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import FamilyName, Gsm8kTask, SyntheticTask
+from pipeline.task_config import FamilyName, Gsm8kTask, SyntheticTask
 from pipeline.tasks import gsm8k, synthetic
 from pipeline.tasks.problem import Problem, TaskError
 from verifiers.arithmetic import equations

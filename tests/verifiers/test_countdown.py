@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.backtrack.trace import Detour, Role, WrongTry, build_trace
 from pipeline.backtrack.undo import UndoRule, apply_undo
-from pipeline.config import CountdownTask
+from pipeline.task_config import CountdownTask
 from pipeline.tasks import countdown
 from pipeline.tasks.problem import Problem
 from verifiers.countdown import reaches

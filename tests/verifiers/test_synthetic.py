@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import FamilyName, SyntheticTask
+from pipeline.task_config import FamilyName, SyntheticTask
 from pipeline.tasks import synthetic
 from pipeline.tasks.problem import Problem
 from verifiers.arithmetic import equations

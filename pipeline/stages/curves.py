@@ -1,0 +1,69 @@
+"""Figures of the report: curves of the trainings, with what the checks found, and of an experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.report import MEASURES, Line, Plot
+
+_KINDS = ("hindsight", "forward")
+
+
+def plots_of(curves: Mapping[str, Mapping[str, Any]]) -> list[Plot]:
+    """Of base, and of sft beside its control in every round, by what `curve.json` of each holds."""
+    plots = []
+    for name, curve in curves.items():
+        kind, _, round = name.partition("-")
+        if kind == "base":
+            plots.append(Plot("base: loss", [Line("loss", curve["losses"])]))
+            plots.append(Plot("base: greedy dev accuracy", [Line("dev accuracy", curve["checks"])], True, curve.get("kept_step")))
+        elif kind == "sft":
+            control = curves.get(f"control-{round}", {"losses": []})
+            lines = [Line("sft", curve["losses"]), Line("clean control", control["losses"])]
+            plots.append(Plot(f"round {round}: loss", lines))
+            plots += _of_checks(curve.get("probes", ()), round)
+    return plots
+
+
+def _of_checks(probes: Sequence[Sequence[Any]], round: str) -> list[Plot]:
+    """Undo where it belongs beside undo where nothing is wrong; then the error and its correction, by kind of problem."""
+    found: dict[tuple[str, str], list[Sequence[Any]]] = {}
+    for step, group, name, value, low, high, _ in probes:
+        found.setdefault((group, name), []).append((step, value, low, high))
+    if ("all", "p_undo_error") not in found:
+        return []
+
+    def lines(name: str) -> list[Line]:
+        return [_line(kind, found.get((kind, name), ())) for kind in _KINDS]
+
+    both = (("P(undo | own error)", "p_undo_error"), ("P(undo | right)", "p_undo_right"))
+    return [
+        *(
+            Plot(f"round {round}: P(undo), {kind}", [_line(word, found.get((kind, name), ())) for word, name in both], True)
+            for kind in _KINDS
+        ),
+        Plot(f"round {round}: log p(error | prefix), nats", lines("logp_error")),
+        Plot(f"round {round}: P(correction | after undo)", lines("p_correction"), True),
+    ]
+
+
+def experiment_plots(compared: Mapping[str, Any]) -> list[Plot]:
+    """A figure for each measure over all problems, with a line for each variant; log p(error) and accuracy by kind too."""
+    found: dict[tuple[str, str], dict[str, list[Sequence[Any]]]] = {}
+    for row in compared.get("measures", ()):
+        by_variant = found.setdefault((row["group"], row["name"]), {})
+        by_variant.setdefault(row["variant"], []).append((row["step"], row["value"], row["low"], row["high"]))
+    plots = []
+    for name, title in MEASURES:
+        for group in ("all", *_KINDS) if name in ("logp_error", "accuracy") else ("all",):
+            of_kind = "" if group == "all" else f", {group}"
+            lines = [_line(variant, points) for variant, points in found.get((group, name), {}).items()]
+            plots.append(Plot(f"{title}{of_kind}", lines, name != "logp_error", whole=False))
+    return plots
+
+
+def _line(name: str, points: Sequence[Sequence[Any]]) -> Line:
+    """From (step, value, low, high); a point without an interval leaves its place in the band out."""
+    points = sorted(points, key=lambda point: point[0])
+    return Line(name, [point[:2] for point in points], [(step, low, high) for step, _, low, high in points if low is not None])
