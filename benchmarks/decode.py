@@ -73,11 +73,11 @@ def main() -> int:
 
 def measure(model: Any, few: bool, quick: bool) -> dict[str, float]:
     """Ratios of one model. `few`: fewer rows, for a model that is slow here."""
-    repeats, rng = (3 if quick else 7), random.Random(0)
+    repeats, rng = (1 if few else 3 if quick else 7), random.Random(0)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     figures = {"million_parameters": sum(one.numel() for one in model.parameters()) / 1e6}
 
-    rows = 32 if few else 64
+    rows = 16 if few else 64
     for unit, figure in (("step", "rewind_over_soft"), ("token", "rewind_over_soft_token")):
         scripts = [script(rng, vocabulary, 96, unit, 4) for _ in range(rows)]
         longest = max(map(len, scripts))
@@ -88,17 +88,17 @@ def measure(model: Any, few: bool, quick: bool) -> dict[str, float]:
         seconds = in_turns(sides, repeats)
         figures[figure] = seconds["rewind"] / seconds["soft"]
 
-    rows = 4 if few else 8
+    rows, count = (1, 4) if few else (4, SLIPS)
     prompts = [ids(rng, vocabulary, 1000) for _ in range(rows)]
     # A wrong id, U, the right one; in the same places in all rows, so that recomputing can batch them too.
-    slips = tuple(token for _ in range(SLIPS) for token in (END, UNDO, *ids(rng, vocabulary, 1)))
+    slips = tuple(token for _ in range(count) for token in (END, UNDO, *ids(rng, vocabulary, 1)))
     asked = [DecodeRequest(prompt, 0, slips) for prompt in prompts]
     decoder = HfDecoder(model, rows, CONTEXT)
     sides = {"rewind": decode_all(decoder, asked, "rewind", "token"), "recomputing": recompute(decoder, asked)}
-    seconds = in_turns(sides, 1 if few else repeats)
+    seconds = in_turns(sides, repeats)
     figures["recomputing_over_rewind"] = seconds["recomputing"] / seconds["rewind"]
 
-    rows, kept = (64 if few else 256), 72
+    rows, kept = (40, 48) if few else (256, 72)
     prompts = [ids(rng, vocabulary, 40) for _ in range(rows)]
     decoder = HfDecoder(model, rows, CONTEXT)
     batches = {}
@@ -106,7 +106,7 @@ def measure(model: Any, few: bool, quick: bool) -> dict[str, float]:
         scripts = [script(rng, vocabulary, kept, "step", 2 if undoing and row % undoing == 0 else 0) for row in range(rows)]
         asked = [DecodeRequest(prompt, 0, forced) for prompt, forced in zip(prompts, scripts, strict=True)]
         batches[name] = decode_all(decoder, asked, "rewind", "step")
-    seconds = in_turns(batches, 2 if few else repeats)  # as many ids survive in both
+    seconds = in_turns(batches, repeats)  # as many ids survive in both
     figures["throughput_with_undos"] = seconds["without"] / seconds["with"]
     return figures
 

@@ -16,7 +16,7 @@ from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding, Signal
 from pipeline.backtrack.undo import UndoRule, apply_undo
 from pipeline.config import EngineSettings
 
-U, END, STOP, VOCABULARY, CONTEXT = 40, 3, 1, 64, 128
+U, END, STOP, VOCABULARY, CONTEXT = 40, 3, 1, 64, 256
 vllm = pytest.importorskip("vllm")
 from actors.decode_vllm import VllmDecoder  # noqa: E402
 
@@ -91,11 +91,11 @@ def test_sampling_ends_and_depends_on_the_seed_alone(engines: tuple[Any, Any]) -
 def test_guided_is_the_same_as_transformers(engines: tuple[Any, Any], unit: str, kind: Any) -> None:
     """The row of logits that vLLM draws from is all that a training-free signal needs."""
     vllm_engine, hf = engines
-    threshold = {"probability": 0.15, "margin": 0.02, "entropy": 2.8}.get(kind, 0.0)
+    threshold = {"probability": 0.15, "margin": 0.0123, "entropy": 2.81}.get(kind, 0.0)  # no value here is as near as rounding
     asked = decoding(unit, mode="guided", signal=Signal(kind, threshold, ngram=2))
-    wanted = hf.decode(requests(40), asked)
-    agree(vllm_engine.decode(requests(40), asked), wanted)
-    assert sum(one.undos > 0 for one in wanted) > (3 if kind == "repeat" else 10)
+    wanted = hf.decode(requests(20), asked)
+    agree(vllm_engine.decode(requests(20), asked), wanted)
+    assert sum(one.undos > 0 for one in wanted) > 10
 
 
 def test_a_signal_that_reads_hidden_states_is_refused(engines: tuple[Any, Any]) -> None:
@@ -106,12 +106,12 @@ def test_a_signal_that_reads_hidden_states_is_refused(engines: tuple[Any, Any]) 
 def test_what_comes_again_behind_an_undo_is_found_in_the_prefix_cache(engines: tuple[Any, Any]) -> None:
     decoder = VllmDecoder(engines[0]._llm, VOCABULARY)
     assert decoder.prefix_hits.rate is None
-    prompts = [tuple(2 + (7 * i + 3 * seed) % 30 for i in range(64)) for seed in range(4)]
+    prompts = [tuple(2 + (7 * i + 3 * seed) % 30 for i in range(150)) for seed in range(4)]  # blocks on CPUs have 128 tokens
     some = [DecodeRequest(prompt, seed, (5, 6, U)) for seed, prompt in enumerate(prompts)]
     decoder.decode(some, decoding("step", max_tokens=8, max_undos=1))
     hits = decoder.prefix_hits
-    assert hits.asked == 4 * 64  # each came again with its prompt alone
-    assert 0 < hits.cached < hits.asked  # the last block is computed again: its last id predicts the next
+    assert hits.asked == 4 * 150  # each came again with its prompt alone
+    assert 0 < hits.cached < hits.asked  # the last block is not whole
     assert hits.rate == hits.cached / hits.asked
 
 
