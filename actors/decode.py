@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from actors.live import Live, Step
+from actors.live import Live, Step, check_room
 from actors.ragged import RaggedCache
 from actors.signals import Detector, Scorer, ask_chosen, ask_read, detector_of
 from pipeline.backtrack.cursor import Cursor, Decoded, DecodeRequest, Decoding
@@ -90,9 +90,9 @@ class HfDecoder:
         """
         detector = detector_of(decoding, scorer)
         cursors = [Cursor(request, decoding, self._vocab_size) for request in requests]
+        for cursor in cursors:
+            check_room(cursor, decoding, self._row_tokens)
         longest = max((cursor.length for cursor in cursors), default=0) + decoding.max_tokens
-        if longest > self._row_tokens:
-            raise ValueError(f"prompt and max_tokens need {longest} tokens, rows have room for {self._row_tokens}")
         # Rows of like length at a time: fewer padding columns.
         waiting = sorted(range(len(requests)), key=lambda index: cursors[index].length, reverse=True)
         slots = min(self._max_num_seqs, len(requests))
@@ -281,9 +281,7 @@ class HfLive(Live):
 
     def add(self, key: int, request: DecodeRequest, decoding: Decoding) -> None:
         cursor = Cursor(request, decoding, self._decoder._vocab_size)
-        if cursor.length + decoding.max_tokens > self._row_tokens:
-            needed = f"{cursor.length} + {decoding.max_tokens}"
-            raise ValueError(f"prompt and max_tokens need {needed} tokens, rows have room for {self._row_tokens}")
+        check_room(cursor, decoding, self._row_tokens)
         self._waiting[key] = (cursor, request.seed)
 
     @torch.inference_mode()

@@ -6,6 +6,7 @@ the cursors by number in this process, so the engine has to run in this process 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from actors.decode import alike, restrict
-from actors.signals import Detector, ask_chosen, detector_of
+from actors.live import Live, Step, check_room
+from actors.signals import ask_chosen, detector_of
 from pipeline.backtrack.cursor import Cursor, Decoded, DecodeRequest, Decoding
 
 _KEY = "retract_cursor"
@@ -26,8 +28,10 @@ _KEY = "retract_cursor"
 class _Live:
     """A cursor and the row of logits that its next id is drawn from."""
 
-    def __init__(self, request: DecodeRequest, decoding: Decoding, vocab_size: int, detector: Detector | None) -> None:
-        self.cursor, self.decoding, self._detector = Cursor(request, decoding, vocab_size), decoding, detector
+    def __init__(self, request: DecodeRequest, decoding: Decoding, vocab_size: int) -> None:
+        if decoding.signal is not None and decoding.mode == "guided" and decoding.signal.kind == "score":
+            raise ValueError("signal kind score reads hidden states, which vLLM keeps to itself: decode with transformers")
+        self.cursor, self.decoding, self._detector = Cursor(request, decoding, vocab_size), decoding, detector_of(decoding)
         self._logprobs_V: Tensor | None = None
         self._taken = 0  # ids of the present vLLM request that the cursor knows
 
@@ -127,11 +131,8 @@ class VllmDecoder:
         Raises:
             ValueError: a request that `Cursor` refuses; a signal of kind `score`.
         """
-        if decoding.signal is not None and decoding.mode == "guided" and decoding.signal.kind == "score":
-            raise ValueError("signal kind score reads hidden states, which vLLM keeps to itself: decode with transformers")
-        detector = detector_of(decoding)
-        lives = {number: _Live(request, decoding, self._vocab_size, detector) for number, request in enumerate(requests)}
-        ends = [decoding.stop_id] if decoding.mode == "soft" else [decoding.stop_id, decoding.rule.undo_id]
+        lives = {number: _Live(request, decoding, self._vocab_size) for number, request in enumerate(requests)}
+        ends = _ends(decoding)
         _running.update(lives)
         round = 0
         try:
@@ -150,7 +151,8 @@ class VllmDecoder:
                 del _running[number]
         return [live.cursor.result() for live in lives.values()]
 
-    def _params(self, request: DecodeRequest, live: _Live, number: int, ends: list[int], round: int) -> SamplingParams:
+    @staticmethod
+    def _params(request: DecodeRequest, live: _Live, number: int, ends: list[int], round: int) -> SamplingParams:
         decoding, cursor = live.decoding, live.cursor
         live.submit()
         greedy = decoding.temperature == 0
@@ -165,3 +167,79 @@ class VllmDecoder:
             detokenize=False,
             extra_args={_KEY: number},
         )
+
+
+@dataclass
+class _Joined:
+    """A request of VllmLive."""
+
+    request: DecodeRequest
+    live: _Live
+    number: int  # in _running
+    round: int = 0  # of vLLM requests so far
+    reported: int = 0  # emitted ids that the caller knows
+
+
+class VllmLive(Live):
+    """Requests that come and go, on an `LLMEngine` made with UndoProcessor, in this process.
+
+    A rewound request joins the next step, where vLLM batches it with whatever else runs.
+    """
+
+    _numbers = itertools.count(2**32)  # VllmDecoder's begin at 0
+
+    def __init__(self, engine: Any, vocab_size: int, row_tokens: int) -> None:
+        self._engine, self._vocab_size, self._row_tokens = engine, vocab_size, row_tokens
+        self._joined: dict[int, _Joined] = {}
+
+    @property
+    def running(self) -> int:
+        return len(self._joined)
+
+    def add(self, key: int, request: DecodeRequest, decoding: Decoding) -> None:
+        live = _Live(request, decoding, self._vocab_size)
+        check_room(live.cursor, decoding, self._row_tokens)
+        one = self._joined[key] = _Joined(request, live, next(self._numbers))
+        _running[one.number] = live
+        self._submit(key, one)
+
+    def abort(self, key: int) -> None:
+        if key in self._joined:
+            self._engine.abort_request([_request_id(key, self._joined[key])])
+            self._forget(key)
+
+    def step(self) -> list[Step]:
+        steps = []
+        for output in self._engine.step() if self._joined else ():
+            key = int(output.request_id.split("/")[0])
+            one = self._joined.get(key)
+            if one is None:
+                continue  # it was aborted in the meantime
+            cursor = one.live.cursor
+            one.live.catch_up(output.outputs[0].token_ids)
+            ids, one.reported = cursor.emitted_since(one.reported), cursor.emitted
+            steps.append(Step(key, ids, cursor.result() if cursor.finish else None))
+            if cursor.finish:
+                self._forget(key)
+            elif output.finished:
+                one.round += 1
+                self._submit(key, one)
+        return steps
+
+    def _submit(self, key: int, one: _Joined) -> None:
+        cursor, decoding = one.live.cursor, one.live.decoding
+        params = VllmDecoder._params(one.request, one.live, one.number, _ends(decoding), one.round)
+        prompt = {"type": "token", "prompt_token_ids": list(cursor.visible)}
+        self._engine.add_request(_request_id(key, one), prompt, params)
+
+    def _forget(self, key: int) -> None:
+        del _running[self._joined.pop(key).number]
+
+
+def _request_id(key: int, one: _Joined) -> str:
+    return f"{key}/{one.round}"
+
+
+def _ends(decoding: Decoding) -> list[int]:
+    """Ids at which a vLLM request ends."""
+    return [decoding.stop_id] if decoding.mode == "soft" else [decoding.stop_id, decoding.rule.undo_id]

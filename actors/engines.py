@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from transformers import AutoModelForCausalLM
 
+from actors.live import Live
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import EngineSettings
 
@@ -177,6 +178,13 @@ class VllmEngine:
         from actors.decode_vllm import VllmDecoder
 
         return VllmDecoder(self._llm, self._llm.llm_engine.model_config.get_vocab_size())
+
+    def live(self) -> Live:
+        """The same engine for requests that come and go."""
+        from actors.decode_vllm import VllmLive
+
+        config = self._llm.llm_engine.model_config
+        return VllmLive(self._llm.llm_engine, config.get_vocab_size(), config.max_model_len)
 
     def load_weights(self, folder: Path) -> None:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})

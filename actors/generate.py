@@ -166,7 +166,7 @@ def stream(
         live.abort(0)
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line instead of two."""
         self.exit(_USAGE, f"error: {message}; see `{self.prog} --help`\n")
@@ -197,7 +197,7 @@ def _threshold(text: str) -> float | str:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="python -m actors.generate", description="Ask a saved model one question.")
+    parser = OneLineParser(prog="python -m actors.generate", description="Ask a saved model one question.")
     parser.add_argument("question", help="- reads it from stdin")
     add_answer_options(parser)
     parser.add_argument("--seed", type=int, default=0)
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
         decoding = saved.decoding(saved.settings, saved.room(prompt_ids, saved.context))
         if options.seed < 0:
             raise InputError(f"seed must be 0 or more, is {options.seed}")
-        live = HfLive(_decoder(saved, len(prompt_ids) + decoding.max_tokens))
+        live = HfLive(load_decoder(saved, 1, len(prompt_ids) + decoding.max_tokens))
         raw = options.deletions == "raw"
         if out.isatty() and os.environ.get("TERM", "dumb") != "dumb":
             size = shutil.get_terminal_size()
@@ -256,9 +256,13 @@ def _read(source: TextIO) -> str:
         raise InputError("stdin is no text") from error
 
 
-def _decoder(saved: SavedModel, row_tokens: int) -> HfDecoder:
+def load_decoder(saved: SavedModel, max_num_seqs: int, row_tokens: int) -> HfDecoder:
+    """
+    Raises:
+        InputError: weights that cannot be loaded, or a model that cannot be decoded with undo.
+    """
     try:
-        return HfDecoder.from_folder(saved.folder, 1, row_tokens)
+        return HfDecoder.from_folder(saved.folder, max_num_seqs, row_tokens)
     except (OSError, ValueError) as error:
         raise InputError(f"{saved.folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 

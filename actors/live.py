@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
+from pipeline.backtrack.cursor import Cursor, Decoded, DecodeRequest, Decoding
 
 
 @dataclass(frozen=True)
@@ -52,3 +52,13 @@ class Live(ABC):
     @abstractmethod
     def step(self) -> list[Step]:
         """Decode one token of every request that has a slot; one Step for each that was part of it."""
+
+
+def check_room(cursor: Cursor, decoding: Decoding, row_tokens: int) -> None:
+    """
+    Raises:
+        ValueError: a prompt and what may be emitted are longer than a row.
+    """
+    longest = cursor.length + decoding.max_tokens
+    if longest > row_tokens:
+        raise ValueError(f"prompt and max_tokens need {longest} tokens, rows have room for {row_tokens}")

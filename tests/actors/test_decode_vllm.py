@@ -15,6 +15,7 @@ from actors.engines import Request, Sampling, VllmEngine
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding, Signal
 from pipeline.backtrack.undo import UndoRule, apply_undo
 from pipeline.config import EngineSettings
+from tests.actors.test_live import drive
 
 U, END, STOP, VOCABULARY, CONTEXT = 40, 3, 1, 64, 256
 vllm = pytest.importorskip("vllm")
@@ -119,3 +120,25 @@ def test_other_requests_of_the_engine_are_left_alone(engines: tuple[Any, Any]) -
     vllm_engine, hf = engines
     plain = vllm_engine.generate([Request(one.prompt_ids, 0) for one in requests(20)], Sampling(0.0, 1.0, 40, STOP, (U,)))
     assert [one.token_ids for one in plain] == [one.ids for one in hf.decode(requests(20), decoding("step", mode="forbidden"))]
+
+
+def test_requests_that_come_and_go_get_what_they_get_alone(engines: tuple[Any, Any]) -> None:
+    """In unlike modes and units at the same time, joining while others run; one leaves."""
+    vllm_engine, hf = engines
+    ways = [
+        decoding("step"),
+        decoding("all"),
+        decoding("token"),
+        decoding("step", mode="soft"),
+        decoding("token", mode="forbidden"),
+    ]
+    asked = [(request, ways[index % len(ways)]) for index, request in enumerate(requests(40))]
+    live = vllm_engine.live()
+    emitted, done = drive(live, asked, 2, frozenset({7}))
+    for key, (request, way) in enumerate(asked):
+        one = hf.decode([request], way)[0]
+        assert tuple(emitted[key]) == one.ids[: len(emitted[key])]
+        if key in done:
+            agree([done[key]], [one])
+    assert live.running == 0 and set(range(40)) - set(done) <= {7}
+    assert not vllm_engine._llm.llm_engine.has_unfinished_requests()

@@ -90,7 +90,7 @@ def test_who_waits_can_leave_and_bad_requests_do_not_join() -> None:
     live.step()
     live.abort(1)
     assert live.running == 1
-    with pytest.raises(ValueError, match=r"prompt and max_tokens need 30 \+ 24 tokens, rows have room for 40"):
+    with pytest.raises(ValueError, match="prompt and max_tokens need 54 tokens, rows have room for 40"):
         live.add(2, DecodeRequest((1,) * 30, 0), WAYS_OF[0])
     with pytest.raises(ValueError, match="prompt_ids contains the undo token"):
         live.add(2, DecodeRequest((U,), 0), WAYS_OF[0])
