@@ -108,6 +108,9 @@ class _Problem(Exception):
         self.status, self.message, self.code = status, message, code
 
 
+_SAID = (_Problem, HTTPException, ClientDisconnect, EngineDied, Exception)
+
+
 def application(saved: SavedModel, service: Service, name: str, row_tokens: int) -> Starlette:
     """The server of one model, called `name`, whose rows have `row_tokens` tokens at most."""
     api = _Api(saved, service, name, row_tokens)
@@ -118,7 +121,7 @@ def application(saved: SavedModel, service: Service, name: str, row_tokens: int)
         Route("/v1/models/{model:path}", api.models),
         Route("/health", api.health),
     ]
-    return Starlette(routes=routes, exception_handlers={_Problem: _say, HTTPException: _say, Exception: _say})
+    return Starlette(routes=routes, exception_handlers=dict.fromkeys(_SAID, _say))
 
 
 class _Api:

@@ -261,7 +261,7 @@ def test_thousands_of_decodes_of_unlike_length() -> None:
     service.start()
     rng = random.Random(0)
     asked = [
-        (DecodeRequest((1,) * rng.randrange(1, 30), seed), Decoding("rewind", 1.0, 1.0, rng.randrange(1, 12), 0, rule("step")))
+        (DecodeRequest((1,) * rng.randrange(1, 30), seed), Decoding("rewind", 1.0, 1.0, rng.randrange(1, 8), 0, rule("step")))
         for seed in range(2000)
     ]
 
