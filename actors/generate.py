@@ -77,8 +77,8 @@ def generate(
 def undoing(tokenizer: Any, *, max_num_seqs: int = _SEQS, **settings: Any) -> Callable[..., Tensor]:
     """A `custom_generate` for transformers: `model.generate(**inputs, custom_generate=undoing(tokenizer), max_new_tokens=200)`.
 
-    How long, how hot and with which end and padding ids comes from `generate`, which counts what is emitted, deleted ids included;
-    when to undo comes from `settings`, see `generate` above. Seeds come from torch's generator.
+    How long, how hot and with which end and padding ids comes from `generate`, which counts what is emitted, deleted
+    ids included; when to undo comes from `settings`, see `generate` above. Seeds come from torch's generator.
 
     Raises:
         InputError: a setting that is not allowed.
@@ -86,7 +86,7 @@ def undoing(tokenizer: Any, *, max_num_seqs: int = _SEQS, **settings: Any) -> Ca
     """
     for key in ("temperature", "top_p", "max_tokens"):
         if key in settings:
-            raise InputError(f"{key}: model.generate takes it (temperature, top_p, max_new_tokens), not the decoding that it calls")
+            raise InputError(f"{key}: model.generate takes it (temperature, top_p, max_new_tokens), not undoing")
     asked = answer_settings(settings)
     rule, stop_id = undo_rule(tokenizer, asked.undo_token, asked.unit), int(tokenizer.eos_token_id)
 

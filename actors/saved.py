@@ -133,7 +133,7 @@ class SavedModel:
         """Text without the undo token: escaped, it has a space without width behind its first character."""
         token = self.settings.undo_token
         if token in text and not escape:
-            raise InputError(f"the prompt contains the undo token {token!r}, which only the model may write; escape makes it text")
+            raise InputError(f"the prompt contains the undo token {token!r}, which only the model writes; escape makes it text")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -164,7 +164,7 @@ class SavedModel:
 
 
 def read_note(folder: Path) -> dict[str, Any]:
-    """What a model folder says about itself in `retract.json`; nothing where there is none. Keys that are no settings are left out.
+    """What a model folder says about itself in `retract.json`; nothing where there is none. Other keys are left out.
 
     Raises:
         InputError: the file is no JSON object.

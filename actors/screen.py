@@ -20,8 +20,8 @@ _TAB = 4
 class Screen:
     """Text on a terminal of `columns` x `rows`. Deleted characters are struck through, or gone with `erase`.
 
-    Lines are broken here, one column before the terminal would: the cursor's place is always known, and a deletion goes back up to
-    where it starts and writes anew from there. What has left the screen at the top stays as it is.
+    Lines are broken here, one column before the terminal would: the cursor's place is always known, and a deletion goes back up
+    to where it starts and writes anew from there. What has left the screen at the top stays as it is.
     """
 
     def __init__(self, out: TextIO, columns: int, rows: int, erase: bool) -> None:

@@ -1,8 +1,8 @@
 """`python -m actors.serve --model DIR`: OpenAI's interface to a saved model that takes its mistakes back.
 
 vLLM's own server is not used, and why: it runs its engine in another process, whose requests know nothing of each other. A
-rewind ends one request and begins another with shorter ids, and bans, caps and the run of undos have to pass from the first to the
-second; between two processes that state would be kept twice, and leak whenever a client goes. So the engine runs here, in one
+rewind ends one request and begins another with shorter ids, and bans, caps and the run of undos have to pass from the first to
+the second; between two processes that state would be kept twice, and leak whenever a client goes. So the engine runs here, in one
 thread (actors/service.py) that steps it with the requests of all clients in one batch: vLLM's LLMEngine with our logits processor
 loaded as its plug-in (actors/decode_vllm.py), or a ragged cache of transformers (actors/decode.py). A small ASGI application
 (actors/openai_api.py) speaks HTTP.

@@ -79,7 +79,7 @@ class Service:
         self._thread.join()
 
     async def decode(self, asked: Sequence[Asked]) -> AsyncGenerator[tuple[int, Step], None]:
-        """The steps of several decodes, each with its place in `asked`, as they come. Closing the iterator aborts what still runs.
+        """The steps of several decodes, each with its place in `asked`, as they come. Closing the iterator aborts the rest.
 
         Raises:
             ValueError: a request that the engine refuses.

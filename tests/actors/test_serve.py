@@ -229,7 +229,8 @@ def test_who_goes_is_not_decoded_for(running: Running) -> None:
 
 def test_many_clients_at_a_time_get_what_each_gets_alone(running: Running) -> None:
     rng = random.Random(0)
-    asked = [("ab "[rng.randrange(3)] * rng.randrange(1, 40) + "x\n", rng.randrange(1, 40), rng.random() < 0.5) for _ in range(150)]
+    prompts = ["ab "[rng.randrange(3)] * rng.randrange(1, 40) + "x\n" for _ in range(150)]
+    asked = [(prompt, rng.randrange(1, 40), rng.random() < 0.5) for prompt in prompts]
     most = 0
 
     async def ask(client: openai.AsyncOpenAI, prompt: str, max_tokens: int, streams: bool) -> str:
