@@ -35,7 +35,8 @@ _UNDO = ("threshold", "mode", "max_undos", "max_undos_per_state", "ban_tried", "
 # What OpenAI's clients may send and is not done here, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1), "echo": (None, False), "frequency_penalty": (None, 0), "functions": (None, []),
-    "logit_bias": (None, {}), "logprobs": (None, False, 0), "presence_penalty": (None, 0), "response_format": (None, {"type": "text"}), "stop": (None, []),
+    "logit_bias": (None, {}), "logprobs": (None, False, 0), "presence_penalty": (None, 0),
+    "response_format": (None, {"type": "text"}), "stop": (None, []),
     "suffix": (None, ""), "tools": (None, []), "top_logprobs": (None, 0),
 }  # fmt: skip
 
