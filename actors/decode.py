@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.live import Live, Step, check_room
 from actors.ragged import RaggedCache
+from actors.segments import NAME as BY_SEGMENT
 from actors.signals import Detector, Scorer, ask_chosen, ask_read, detector_of
 from pipeline.backtrack.cursor import Cursor, Decoded, DecodeRequest, Decoding
 
@@ -63,7 +64,7 @@ class HfDecoder:
         """
         config = model.config.get_text_config()
         attention, window = config._attn_implementation, getattr(config, "sliding_window", None)
-        if attention != "sdpa":
+        if attention not in ("sdpa", BY_SEGMENT):
             raise ValueError(f"decoding with undo needs attention sdpa, the model was loaded with {attention}")
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and window and window < row_tokens:
             raise ValueError(f"the model's attention slides over {window} tokens, rows may have {row_tokens}")

@@ -29,6 +29,7 @@ from actors.memory import how_to_save, out_of_memory
 from actors.packing import Example, TrainingSet, collate, examples_of, pack_by_phase
 from actors.probe import ProbeRow, probe
 from actors.ranks import from_first, is_first, processes
+from actors.segments import attends_by_segment
 from actors.trainable import prepare, save
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.backtrack.trace import Role
@@ -120,6 +121,7 @@ def _fit(source: Path, target: Path, data: TrainingSet, settings: TrainSettings,
     tokenizer = AutoTokenizer.from_pretrained(source)
     sft = settings if isinstance(settings, SftSettings) else SftSettings()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    by_segment = not settings.compile and attends_by_segment(model)
     torch.manual_seed(seed)  # adapters begin at random
     model = prepare(model, data.rule.undo_id, sft.trainable, sft.lora.rank, sft.lora.alpha)
     if settings.compile:
@@ -145,7 +147,8 @@ def _fit(source: Path, target: Path, data: TrainingSet, settings: TrainSettings,
                 [[examples[index] for index in rows[item["row"]]] for item in batch],
                 data,
                 tokenizer.pad_token_id,
-                settings.row_tokens,
+                settings.row_tokens if settings.compile else None,  # one width, so that one graph serves all batches
+                by_segment,
             ),
             processing_class=tokenizer,
             callbacks=callbacks,
@@ -302,7 +305,8 @@ class TreeTrainer(SFTTrainer):
         row, column, target, weight, ends_run = (inputs[name] for name in ("row", "column", "target", "weight", "ends_run"))
         bare = self.accelerator.unwrap_model(model)
         with logits_only_at(bare, row, column) as picked:
-            seen = {name: inputs[name] for name in ("input_ids", "position_ids", "attention_mask")}
+            names = ("input_ids", "position_ids", "attention_mask", "segments")
+            seen = {name: inputs[name] for name in names if name in inputs}
             logits_NV = model(**seen, use_cache=False).logits.float()
         losses = torch.nn.functional.cross_entropy(logits_NV, target, reduction="none")
         if ends_run.any():  # what is taught is not to emit the target: -log(1 - p)

@@ -9,9 +9,11 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from actors.segments import NO_MASK, blocks
 from pipeline.backtrack.curriculum import Schedule, allowed_traces
 from pipeline.backtrack.layout import Layout, Segment, lay_out
 from pipeline.backtrack.targets import Form, Targets, segments
@@ -141,36 +143,50 @@ def _forever(examples: Sequence[int], seed: int) -> Iterator[int]:
         yield from order
 
 
-def laid_out(rows: Sequence[Sequence[Example]], data: TrainingSet, pad_id: int, row_tokens: int) -> Layout:
+def _segments(rows: Sequence[Sequence[Example]], data: TrainingSet) -> list[list[Segment]]:
+    return [[segment for example in row for segment in data.segments_of(example)] for row in rows]
+
+
+def laid_out(rows: Sequence[Sequence[Example]], data: TrainingSet, pad_id: int, row_tokens: int | None = None) -> Layout:
     """Rows of examples as they stand in a batch, with every action, masked ones too."""
-    return lay_out([[segment for example in row for segment in data.segments_of(example)] for row in rows], row_tokens, pad_id)
+    return lay_out(_segments(rows, data), row_tokens, pad_id)
 
 
-def collate(rows: Sequence[Sequence[Example]], data: TrainingSet, pad_id: int, row_tokens: int) -> dict[str, torch.Tensor]:
+def collate(
+    rows: Sequence[Sequence[Example]], data: TrainingSet, pad_id: int, row_tokens: int | None = None, by_segment: bool = False
+) -> dict[str, Any]:
     """Tensors of one batch.
 
-    input_ids and position_ids [rows, tokens], attention_mask [rows, 1, tokens, tokens], and for each place with a target, every
-    distinct (place, target) once: row, column, target, weight (summed over the actions it stands for), ends_run (what is taught is
-    not to emit the target), wrong (most of that weight is of wrong decisions) [targets]. Also numbers [traces], to name what a
-    batch was made of.
+    input_ids and position_ids [rows, tokens], and for each place with a target, every distinct (place, target) once: row, column,
+    target, weight (summed over the actions it stands for), ends_run (what is taught is not to emit the target), wrong (most of
+    that weight is of wrong decisions) [targets]. Also numbers [traces], to name what a batch was made of. What sees what is in
+    `segments` (actors/segments.py), for a model with that attention, or in attention_mask [rows, 1, tokens, tokens].
+
+    Args:
+        row_tokens: width of all rows; None takes that of the fullest.
     """
-    layout = laid_out(rows, data, pad_id, row_tokens)
+    laid = _segments(rows, data)
+    layout = lay_out(laid, row_tokens, pad_id)
     taught = layout.weight > 0
     ends_run = torch.tensor([action.ends_run for action in layout.actions], dtype=torch.long)
-    keys = torch.stack([layout.row, layout.column, layout.target, ends_run])[:, taught]
-    places, which = torch.unique(keys, dim=1, return_inverse=True)
-    weight = torch.zeros(places.shape[1]).index_add_(0, which, layout.weight[taught])
+    # One number for each (row, column, target, ends_run): unique is several times as fast on numbers as on rows of them.
+    width, vocabulary = layout.input_ids.shape[1], 1 + max(layout.target.tolist(), default=0)
+    keys = ((layout.row * width + layout.column) * vocabulary + layout.target) * 2 + ends_run
+    places, which = torch.unique(keys[taught], return_inverse=True)
+    at, target = places // (2 * vocabulary), places // 2 % vocabulary
+    weight = torch.zeros(len(places)).index_add_(0, which, layout.weight[taught])
     erring = torch.tensor([one.role == Role.ERROR and one.token != data.rule.undo_id for one in layout.actions], dtype=torch.bool)
-    wrong = torch.zeros(places.shape[1]).index_add_(0, which, layout.weight[taught] * erring[taught])
+    wrong = torch.zeros(len(places)).index_add_(0, which, layout.weight[taught] * erring[taught])
     return {
         "input_ids": layout.input_ids,
         "position_ids": layout.position_ids,
-        "attention_mask": layout.attention_mask(),
-        "row": places[0],
-        "column": places[1],
-        "target": places[2],
+        "attention_mask": NO_MASK if by_segment else layout.attention_mask(),
+        **({"segments": blocks(laid, layout.input_ids.shape[1])} if by_segment else {}),
+        "row": at // width,
+        "column": at % width,
+        "target": target,
         "weight": weight,
-        "ends_run": places[3].bool(),
+        "ends_run": (places % 2).bool(),
         "wrong": wrong > weight / 2,
         "numbers": torch.tensor([number for row in rows for example in row for number in example.numbers]),
     }

@@ -4,8 +4,9 @@
 
 Sides: `trl` pads one trace a row; `packed` is our learner in the soft form, whose loss must be the same; `trees` is our learner in
 the rewind form, the traces of a problem on one tree, which has another loss by design. Both trainers run their own loop; a
-figure is the median step time of runs taken in turns. With --run the traces are those of a run's first round. Prints a table and
-one JSON line.
+figure is the median step time of runs taken in turns. Peak memory is the largest resident set of a process of its own that
+trains one side alone, libraries included. With --run the traces are those of a run's first round. Prints a table and one JSON
+line.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import random
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,12 +35,14 @@ from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 from actors.learner import TreeTrainer  # noqa: E402
 from actors.packing import Example, TrainingSet, collate, examples_of  # noqa: E402
+from actors.segments import attends_by_segment  # noqa: E402
 from pipeline.backtrack.targets import Form  # noqa: E402
 from pipeline.backtrack.trace import Trace  # noqa: E402
 from pipeline.backtrack.undo import UndoRule  # noqa: E402
 from pipeline.config import ScratchModel  # noqa: E402
 from pipeline.stages.base import new_model, train_tokenizer  # noqa: E402
 
+SIDES = ("trl", "packed", "trees")
 TRACES, ROW_TOKENS, SPEEDUP_GOAL, LOSS_GOAL = 64, 512, 2.0, 1e-4
 
 
@@ -60,6 +64,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps and turns")
     parser.add_argument("--run", type=Path, help="folder of a run whose traces are taken")
+    parser.add_argument("--peak", choices=SIDES, help="train this side alone and print the process's peak memory in GiB")
     asked = parser.parse_args()
     steps, turns = (4, 2) if asked.quick else (10, 4)
     rng = random.Random(0)
@@ -69,7 +74,7 @@ def main() -> int:
     else:
         rule, vocabulary, groups = RULE, VOCABULARY, [problem_traces(rng) for _ in range(steps * TRACES)]
     batches = split(groups, steps)
-    times: dict[str, list[float]] = {name: [] for name in ("trl", "packed", "trees")}
+    times: dict[str, list[float]] = {name: [] for name in SIDES}
     losses: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         sides = {
@@ -77,6 +82,10 @@ def main() -> int:
             "packed": lambda: ours(batches, rule, vocabulary, folder, Form("soft")),
             "trees": lambda: ours(batches, rule, vocabulary, folder, Form("rewind")),
         }
+        if asked.peak:
+            run(sides[asked.peak])
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+            return 0
         for _ in range(turns):
             for name, make in sides.items():
                 seconds, losses[name] = run(make)
@@ -90,7 +99,7 @@ def main() -> int:
     for name in ("packed", "trees"):
         figures[f"speedup_{name}"] = figures[f"{name}_tokens_per_s"] / figures["trl_tokens_per_s"]
     figures["loss_difference"] = abs(losses["trl"] - losses["packed"])
-    figures["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    figures |= {f"{name}_peak_gib": peak_memory(name) for name in SIDES}
     print(f"steps of {traces:.0f} traces, {torch.get_num_threads()} threads; tokens are those of the traces without padding")
     for name, figure in figures.items():
         print(f"{name:24}{figure:12.5g}")
@@ -99,6 +108,11 @@ def main() -> int:
     ok = min(figures["speedup_packed"], figures["speedup_trees"]) >= SPEEDUP_GOAL and figures["loss_difference"] <= LOSS_GOAL
     print(json.dumps({"benchmark": "sft", "figures": figures, "goals": goals, "ok": ok}))
     return 0
+
+
+def peak_memory(side: str) -> float:
+    command = [sys.executable, __file__, *sys.argv[1:], "--peak", side]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def split(groups: Sequence[Sequence[Trace]], steps: int) -> list[list[Trace]]:
@@ -162,13 +176,14 @@ def padded(batches: Sequence[Sequence[Trace]], rule: UndoRule, vocabulary: int, 
 
 def ours(batches: Sequence[Sequence[Trace]], rule: UndoRule, vocabulary: int, folder: str, form: Form) -> SFTTrainer:
     model, tokenizer = model_and_tokenizer(vocabulary)
+    assert attends_by_segment(model)
     sets = [TrainingSet(batch, rule, form=form, together=True) for batch in batches]
     rows = [pack_all(examples_of(data, ROW_TOKENS)[0]) for data in sets]
     return TreeTrainer(
         model=model,
         args=arguments(folder, len(batches), 1),
         train_dataset=Dataset.from_dict({"batch": list(range(len(batches)))}),
-        data_collator=lambda batch: collate(rows[batch[0]["batch"]], sets[batch[0]["batch"]], PAD, ROW_TOKENS),
+        data_collator=lambda batch: collate(rows[batch[0]["batch"]], sets[batch[0]["batch"]], PAD, by_segment=True),
         processing_class=tokenizer,
     )
 

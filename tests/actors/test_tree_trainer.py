@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 import actors.learner as learner
 from actors.learner import Curve, TreeTrainer, _arguments, fit, logits_only_at
 from actors.packing import TrainingSet, collate, examples_of
+from actors.segments import attends_by_segment
 from actors.trainable import prepare
 from pipeline.backtrack.curriculum import Schedule
 from pipeline.backtrack.embedding import add_undo_token
@@ -121,22 +123,29 @@ def slow_loss(model: Any, data: TrainingSet) -> torch.Tensor:
     return torch.stack(losses).sum() / total if losses else torch.zeros(())
 
 
+@functools.cache
+def model_by_segment(name: str) -> Any:
+    model = tiny_model(name)
+    assert attends_by_segment(model)
+    return model
+
+
 def fast_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """What the trainer computes. It takes logits in fp32."""
     trainer: Any = SimpleNamespace(accelerator=SimpleNamespace(unwrap_model=lambda one: one), dynamic=None)
     return TreeTrainer.compute_loss(trainer, model, batch, num_items_in_batch=float(batch["weight"].sum()))
 
 
-def batch_of(data: TrainingSet, rows: int = 2) -> dict[str, torch.Tensor]:
+def batch_of(data: TrainingSet, rows: int = 2, by_segment: bool = False) -> dict[str, Any]:
     """All traces once, in rows of several."""
     examples, left_out = examples_of(data, ROW)
     assert left_out == 0
     packed = [examples[number::rows] for number in range(rows)]
-    return collate(packed, data, PAD, ROW * 4)
+    return collate(packed, data, PAD, None if by_segment else ROW * 4, by_segment)
 
 
 def gradient(model: Any, loss: torch.Tensor) -> torch.Tensor:
-    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
 
 
 @st.composite
@@ -158,11 +167,14 @@ def test_the_loss_of_a_batch_is_that_of_its_traces_alone(form: str, drawn: Any, 
     data = TrainingSet(some, rule(unit), targets, LAYOUTS[form], together)
     if unit != "token":
         data = replace(data, form=replace(data.form, rewinding="immediate"))
-    model, batch = model_of("llama"), batch_of(data)
-    fast, slow = fast_loss(model, batch), slow_loss(model, data)
-    torch.testing.assert_close(fast.double(), slow.double(), rtol=1e-5, atol=1e-6)
-    if slow.requires_grad:
-        torch.testing.assert_close(gradient(model, fast), gradient(model, slow), rtol=1e-4, atol=1e-6)
+    model = model_of("llama")
+    slow = slow_loss(model, data)
+    for by_segment in (False, True):  # wide rows under a mask, and no wider than need be with attention within segments
+        fast = fast_loss(model_by_segment("llama") if by_segment else model, batch_of(data, by_segment=by_segment))
+        torch.testing.assert_close(fast.double(), slow.double(), rtol=1e-5, atol=1e-6)
+        if slow.requires_grad:
+            own = model_by_segment("llama") if by_segment else model
+            torch.testing.assert_close(gradient(own, fast), gradient(model, slow), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("unit", "rewinding"), FORMS)
