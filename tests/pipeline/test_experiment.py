@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 from datasets import load_from_disk
+from ray import cloudpickle
 
 from actors import learner
 from actors.engines import Completion, Request, Sampling
@@ -52,6 +53,7 @@ class Workers:
 
     def fit(self, source: Path, target: Path, data: Any, settings: SftSettings, seed: int, show: Any, **more: Any) -> Curve:
         self.fitted.append((settings.form, seed))
+        more["held_out"] = cloudpickle.loads(cloudpickle.dumps(more["held_out"]))  # as it reaches the learner's process
         return fit(source, target, data, settings, seed, Curve(), **more)
 
 
