@@ -36,8 +36,8 @@ _UNDO = ("threshold", "mode", "max_undos", "max_undos_per_state", "ban_tried", "
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1), "echo": (None, False), "frequency_penalty": (None, 0), "functions": (None, []),
     "logit_bias": (None, {}), "logprobs": (None, False, 0), "presence_penalty": (None, 0),
-    "response_format": (None, {"type": "text"}), "stop": (None, []),
-    "suffix": (None, ""), "tools": (None, []), "top_logprobs": (None, 0),
+    "response_format": (None, {"type": "text"}), "stop": (None, []), "suffix": (None, ""), "tools": (None, []),
+    "top_logprobs": (None, 0),
 }  # fmt: skip
 
 

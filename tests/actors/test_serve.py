@@ -71,7 +71,7 @@ class Running:
 
 
 def _until(is_so: Any) -> bool:
-    for _ in range(3000):
+    for _ in range(20_000):
         if is_so():
             return True
         time.sleep(0.01)
@@ -356,11 +356,12 @@ def test_the_command_serves_and_stops(folder: Path, engine: str) -> None:
     if engine == "vllm":
         pytest.importorskip("vllm")
     command = [sys.executable, "-m", "actors.serve", "--model", str(folder), "--engine", engine, "--port", "0", "--name", "tiny"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert process.stdout is not None
         lines = iter(process.stdout.readline, "")
         line = next((line for line in lines if " at http" in line), "")
-        assert line, process.stderr.read()
+        assert line, "it did not start"
         client = openai.OpenAI(base_url=line.split(" at ")[1].strip(), api_key="none", max_retries=0)
         saved = SavedModel.load(folder, {})
         decoder = HfDecoder.from_folder(folder, 4, CONTEXT)
@@ -382,3 +383,6 @@ def test_the_command_serves_and_stops(folder: Path, engine: str) -> None:
         client.close()
         process.send_signal(2)
         assert process.wait(60) in (0, 130)
+    finally:
+        process.kill()
+        process.wait()
