@@ -119,6 +119,8 @@ def _fit(source: Path, target: Path, data: TrainingSet, settings: TrainSettings,
         return curve
     begun = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(source)
+    if data.rule.undo_id not in tokenizer.get_vocab().values():
+        raise TrainingError(f"the tokenizer of {source} has no token {data.rule.undo_id}, which traces have as the undo token")
     sft = settings if isinstance(settings, SftSettings) else SftSettings()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     by_segment = not settings.compile and attends_by_segment(model)
