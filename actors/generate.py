@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, get_args
+from typing import Any, TextIO, get_args
 
 import torch
 from torch import Tensor
@@ -28,11 +28,12 @@ from actors.decode import HfDecoder, HfLive
 from actors.saved import AnswerSettings, InputError, SavedModel, answer_settings, decoding_of
 from actors.screen import Deletions, Screen
 from actors.streaming import Appended, Deleted, Finished, TextStream
+from pipeline.arguments import USAGE, OneLineParser
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding, Mode
 from pipeline.backtrack.embedding import undo_rule
 from pipeline.backtrack.undo import Unit
 
-_USAGE, _INTERRUPTED = 2, 130
+_INTERRUPTED = 130
 _SEQS = 32  # rows at a time, unless the caller says otherwise
 
 
@@ -166,12 +167,6 @@ def stream(
         live.abort(0)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of two."""
-        self.exit(_USAGE, f"error: {message}; see `{self.prog} --help`\n")
-
-
 def add_answer_options(parser: argparse.ArgumentParser) -> None:
     """Options that are settings of a model's answers, by the settings' names; those that were not given are None."""
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="a model folder with the undo token")
@@ -240,7 +235,7 @@ def main(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
             out.flush()
     except InputError as error:
         err.write(f"error: {error}\n")
-        return _USAGE
+        return USAGE
     except KeyboardInterrupt:
         return _INTERRUPTED
     finally:

@@ -55,7 +55,7 @@ class SavedModel:
     """All of a model but its weights.
 
     Example:
-        saved = SavedModel.load(Path("runs/tiny/1/sft"), {"temperature": 0.7})
+        saved = SavedModel.load(Path("runs/tiny/model"), {"temperature": 0.7})
         request = DecodeRequest(saved.question_ids("What is 6 x 7?"), seed=0)
     """
 

@@ -22,13 +22,14 @@ from transformers.utils import logging
 
 from actors.decode import HfLive
 from actors.engines import VllmEngine, engine_kind
-from actors.generate import OneLineParser, add_answer_options, given_settings, load_decoder
+from actors.generate import add_answer_options, given_settings, load_decoder
 from actors.live import Live
 from actors.saved import InputError, SavedModel
 from actors.service import Service
+from pipeline.arguments import USAGE, OneLineParser, positive
 from pipeline.config import EngineSettings
 
-_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+_FAILED, _INTERRUPTED = 1, 130
 _ROW_TOKENS = 4096  # of a row, unless the model's context is shorter or the user says more
 _PATIENCE = 5  # seconds for streams to end when the server stops
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
         from actors.openai_api import application
     except ImportError as error:
         err.write(f"error: the server needs {error.name}, which comes with vllm: install extra cpu or gpu\n")
-        return _USAGE
+        return USAGE
     try:
         saved = SavedModel.load(options.model, given_settings(options))
         row_tokens = min(saved.context, options.max_model_len or _ROW_TOKENS)
@@ -50,12 +51,12 @@ def main(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
         service = Service(_maker(options, saved, row_tokens))
     except (InputError, OSError, RuntimeError) as error:
         err.write(f"error: {error}\n")
-        return _USAGE
+        return USAGE
     try:
         service.start()
     except Exception as error:  # an engine may fail with anything; the user gets one line
         err.write(f"error: {saved.folder} cannot be served: {' '.join(str(error).split())[:300]}\n")
-        return _USAGE
+        return USAGE
     name = options.name or saved.folder.name
     app = application(saved, service, name, row_tokens)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_PATIENCE)
@@ -91,13 +92,6 @@ def _maker(options: argparse.Namespace, saved: SavedModel, row_tokens: int) -> C
     return lambda: VllmEngine(saved.folder, settings, row_tokens, seed=0).live()
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, is {number}")
-    return number
-
-
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     default = EngineSettings()
     parser = OneLineParser(prog="python -m actors.serve", description="Serve a saved model by OpenAI's interface.")
@@ -108,10 +102,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--engine", choices=("auto", "vllm", "hf"), default=default.kind, help="auto takes vllm where it is installed"
     )
-    parser.add_argument("--max-num-seqs", type=_positive, default=32, help="requests decoded at a time; others wait")
-    parser.add_argument("--max-model-len", type=_positive, help=f"tokens of prompt and answer; by default at most {_ROW_TOKENS}")
+    parser.add_argument("--max-num-seqs", type=positive, default=32, help="requests decoded at a time; others wait")
+    parser.add_argument("--max-model-len", type=positive, help=f"tokens of prompt and answer; by default at most {_ROW_TOKENS}")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default.dtype, help="of vllm")
-    parser.add_argument("--kv-cache-gib", type=_positive, default=default.kv_cache_gib, help="memory of vllm's cache on CPUs")
+    parser.add_argument("--kv-cache-gib", type=positive, default=default.kv_cache_gib, help="memory of vllm's cache on CPUs")
     return parser.parse_args(arguments)
 
 

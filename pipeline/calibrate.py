@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from pipeline.arguments import USAGE, OneLineParser, positive
 from pipeline.backtrack.cursor import Decoded, Decoding, Signal
 from pipeline.config import Settings
 from pipeline.metrics import Evaluated, figures
@@ -21,7 +22,7 @@ from pipeline.settings_file import ConfigError, load_settings
 from pipeline.store import RunLock, Store, StoreError
 from pipeline.telemetry import Terminal, quiet_third_parties
 
-_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+_FAILED, _INTERRUPTED = 1, 130
 _SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 MODELS = ("sft", "clean_control", "base")
 
@@ -172,7 +173,7 @@ def main(arguments: Sequence[str]) -> int:
         settings = load_settings(folder / "config.yaml", options.overrides)
     except ConfigError as error:
         terminal.error(str(error))
-        return _USAGE
+        return USAGE
     store = Store(folder)
     round = options.round or max((n for n in range(1, settings.run.rounds + 1) if store.manifest(n, "sft")), default=1)
     try:
@@ -195,15 +196,9 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of two."""
-        self.exit(_USAGE, f"error: {message}; see `{self.prog} --help`\n")
-
-
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     about = "Decode the dev split of a run at a grid of values, print the curve and name the best one."
-    parser = _Parser(prog="python -m pipeline.calibrate", description=about)
+    parser = OneLineParser(prog="python -m pipeline.calibrate", description=about)
     parser.add_argument("run", metavar="RUN", help="folder of a run, such as runs/tiny")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the run's own")
     choices = ", ".join(SWEEPS)
@@ -211,15 +206,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--sweep", action="append", choices=list(SWEEPS), metavar="WHAT", help=f"{choices}; default: threshold, probability"
     )
     parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="model of the run (default: %(default)s)")
-    parser.add_argument("--round", type=_positive, metavar="N", help="round of the model (default: the newest)")
-    parser.add_argument("--problems", type=_positive, metavar="N", help="dev problems (default: evaluate.dev)")
+    parser.add_argument("--round", type=positive, metavar="N", help="round of the model (default: the newest)")
+    parser.add_argument("--problems", type=positive, metavar="N", help="dev problems (default: evaluate.dev)")
     return parser.parse_intermixed_args(arguments)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

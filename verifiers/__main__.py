@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
+from pipeline.arguments import USAGE, OneLineParser, positive
 from pipeline.telemetry import Terminal
 from verifiers.batch import METHODS, WorkerDied, judge_file, partial
 
-_FAILED, _USAGE, _STOPPED = 1, 2, 128
+_FAILED, _STOPPED = 1, 128
 
 _ABOUT = """\
 Judge solutions: is the final answer right, and if not, where does the first wrong decision stand and what shows it.
@@ -28,12 +28,6 @@ cannot be judged gives id, line and error in its place.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of two."""
-        self.exit(_USAGE, f"error: {message}; see `{self.prog} --help`\n")
-
-
 def main(arguments: Sequence[str]) -> int:
     """Exit code: 0, also where rows were bad; 1 for a failed run, 2 for wrong arguments, 130 and 143 when stopped."""
     options = _parse(arguments)
@@ -42,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     wrong = _wrong(source, target)
     if wrong:
         terminal.error(wrong)
-        return _USAGE
+        return USAGE
     signal.signal(signal.SIGTERM, _stop)
     try:
         with terminal.stage("judge", total=None) as progress:
@@ -82,25 +76,15 @@ def _wrong(source: Path, target: Path) -> str:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="python -m verifiers", description="Judges of solutions.")
+    parser = OneLineParser(prog="python -m verifiers", description="Judges of solutions.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     raw = argparse.RawDescriptionHelpFormatter
     command = commands.add_parser("judge", help="judge a file of solutions", description=_ABOUT, formatter_class=raw)
     command.add_argument("source", metavar="IN", help="JSON lines to judge")
     command.add_argument("target", metavar="OUT", help="JSON lines with the verdicts; appears when all are written")
     command.add_argument("--method", choices=METHODS, default=METHODS[0], help="how to judge (default: %(default)s)")
-    command.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes that judge (default: 1)")
+    command.add_argument("--workers", type=positive, default=1, metavar="N", help="processes that judge (default: 1)")
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return number
 
 
 if __name__ == "__main__":

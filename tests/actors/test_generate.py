@@ -307,6 +307,6 @@ def test_what_custom_generate_does_not_know_it_refuses(folder: Path, model: Any)
 def test_the_example_of_the_docs_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs/decoding.md").read_text(encoding="utf-8")
     code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "undoing" in block)
-    assert "runs/tiny/1/sft" in code
-    exec(code.replace("runs/tiny/1/sft", str(folder)), {})
+    assert "runs/tiny/model" in code
+    exec(code.replace("runs/tiny/model", str(folder)), {})
     assert capsys.readouterr().out.count("\n") >= 2

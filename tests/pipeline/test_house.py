@@ -12,7 +12,19 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 FLOORS = {
     **dict.fromkeys(
-        ("backtrack", "config", "task_config", "settings_file", "tasks", "store", "telemetry", "statistics", "metrics", "install"),
+        (
+            "backtrack",
+            "config",
+            "task_config",
+            "arguments",
+            "settings_file",
+            "tasks",
+            "store",
+            "telemetry",
+            "statistics",
+            "metrics",
+            "install",
+        ),
         0,
     ),
     "verifiers": 1,
