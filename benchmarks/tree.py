@@ -101,6 +101,7 @@ def run_traces(folder: Path) -> tuple[UndoRule, int, list[list[Trace]]]:
     """The rule, the vocabulary and, by problem, the training rows of the first round of a run."""
     from datasets import load_from_disk
     from omegaconf import OmegaConf
+    from transformers import AutoConfig
 
     from pipeline.config import Settings
     from pipeline.stages.io import Codec
@@ -110,7 +111,8 @@ def run_traces(folder: Path) -> tuple[UndoRule, int, list[list[Trace]]]:
     by_problem: dict[str, list[Trace]] = {}
     for row in load_from_disk(folder / "1" / "traces"):
         by_problem.setdefault(row["problem"], []).append(Trace(tuple(row["input_ids"]), tuple(row["roles"])))
-    return codec.rule, len(codec.tokenizer), list(by_problem.values())
+    rows = AutoConfig.from_pretrained(folder / "0" / "base").vocab_size  # spare ones too: hot samples reach them
+    return codec.rule, rows, list(by_problem.values())
 
 
 def trees(problems: Sequence[Sequence[Trace]], by_problem: bool, rule: UndoRule = RULE) -> list[Segment]:
