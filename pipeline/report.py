@@ -240,7 +240,8 @@ def phrase(name: str) -> str:
     """What a sentence calls that which sft is compared with, a model and its mode."""
     model, _, mode = name.rpartition(" ")
     if model != "sft":
-        return _PHRASES.get(model, model.replace("_", " "))
+        means = {"guided": " guided by a signal", "vote": " by majority vote"}.get(mode, "")
+        return _PHRASES.get(model, model.replace("_", " ")) + means
     return "its own first tries with undo forbidden" if mode == "forbidden" else f"itself in mode “{mode}”"
 
 

@@ -163,7 +163,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "report",
-        2,
+        3,
         lambda round: (
             _PROBLEMS,
             _BASE,

@@ -211,6 +211,8 @@ class TestWords:
     def test_what_sft_is_compared_with(self) -> None:
         assert "above itself in mode “soft” on hindsight" in in_words(self.comparison(before="sft soft"))
         assert "above the model before on" in in_words(self.comparison(before="base rewind"))
+        assert "above the clean control by majority vote on" in in_words(self.comparison(before="clean_control vote"))
+        assert "above the model before guided by a signal on" in in_words(self.comparison(before="base guided"))
         assert "above some other model on" in in_words(self.comparison(before="some_other_model rewind"))
 
     @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "x"])
