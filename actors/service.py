@@ -52,6 +52,8 @@ class Service:
         self._commands: queue.SimpleQueue[tuple[int, _Job | None] | None] = queue.SimpleQueue()
         self._keys = itertools.count()
         self._jobs: dict[int, _Job] = {}
+        self._door = threading.Lock()  # held to send jobs and to close: no job is sent to an engine that takes none any more
+        self._open = True
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.error: Exception | None = None
@@ -89,11 +91,12 @@ class Service:
         loop = asyncio.get_running_loop()
         keys = []
         try:
-            for place, one in enumerate(asked):
-                keys.append(next(self._keys))
-                self._commands.put((keys[-1], _Job(place, one, loop, arrived)))
-            if not self._thread.is_alive():
-                raise EngineDied("the engine has stopped")
+            with self._door:
+                if not self._open:
+                    raise EngineDied(self._end())
+                for place, one in enumerate(asked):
+                    keys.append(next(self._keys))
+                    self._commands.put((keys[-1], _Job(place, one, loop, arrived)))
             left = len(asked)
             while left:
                 place, step = await arrived.get()
@@ -115,13 +118,18 @@ class Service:
             self.error = error
         finally:
             self._ready.set()
-            died = EngineDied(f"the engine has failed: {self.error}" if self.error else "the engine has stopped")
-            with suppress(queue.Empty):  # those that came too late
-                while command := self._commands.get_nowait():
-                    if command[1]:
+            died = EngineDied(self._end())
+            with self._door, suppress(queue.Empty):
+                self._open = False
+                while True:
+                    command = self._commands.get_nowait()
+                    if command and command[1]:  # sent, and never begun
                         self._jobs[command[0]] = command[1]
             self._deliver([(job, died) for job in self._jobs.values()])
             self._jobs.clear()
+
+    def _end(self) -> str:
+        return f"the engine has failed: {self.error}" if self.error else "the engine has stopped"
 
     def _obey(self, live: Live) -> bool:
         """Let requests join and leave; waits where nothing runs. False: it is time to stop."""
@@ -135,10 +143,11 @@ class Service:
                     live.abort(key)
                     self._jobs.pop(key, None)
                     continue
+                self._jobs[key] = job  # before the engine sees it: should it die of it, the client hears
                 try:
                     live.add(key, *job.asked)
-                    self._jobs[key] = job
                 except ValueError as error:
+                    del self._jobs[key]
                     self._deliver([(job, error)])
         return True
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from tests.pipeline.tiny import rule, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 OFTEN: dict[str, Any] = {"threshold": 0.01}
+PLAIN = Decoding("rewind", 0.0, 1.0, 5, 1, rule("token"))
 CHATTY = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
@@ -333,6 +334,54 @@ def test_an_engine_that_fails_leaves_nobody_waiting(folder: Path) -> None:
 
     with pytest.raises(OSError, match="no weights"):
         Service(fails).start()
+
+
+def test_who_asks_while_an_engine_is_dying_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service(Broken)
+    closing, asked = threading.Event(), threading.Event()
+    deliver = service._deliver
+
+    def slowly(found: Sequence[Any]) -> None:
+        if service.error:  # the last words: the queue is drained, the thread still lives
+            closing.set()
+            asked.wait(20)
+        deliver(found)
+
+    monkeypatch.setattr(service, "_deliver", slowly)
+    service.start()
+
+    async def one() -> None:
+        async for _ in service.decode([(DecodeRequest((1,), 0), PLAIN)]):
+            pass
+
+    async def both() -> None:
+        first = asyncio.create_task(one())
+        await asyncio.to_thread(closing.wait, 20)
+        with pytest.raises(EngineDied, match="no memory"):
+            await asyncio.wait_for(one(), 20)
+        asked.set()
+        with pytest.raises(EngineDied, match="no memory"):
+            await asyncio.wait_for(first, 20)
+
+    asyncio.run(both())
+    service.stop()
+
+
+def test_a_request_that_kills_the_engine_is_answered() -> None:
+    class Fragile(Broken):
+        def add(self, key: int, request: DecodeRequest, decoding: Decoding) -> None:
+            raise RuntimeError("a broken pipe")
+
+    service = Service(Fragile)
+    service.start()
+
+    async def ask() -> None:
+        async for _ in service.decode([(DecodeRequest((1,), 0), PLAIN)]):
+            pass
+
+    with pytest.raises(EngineDied, match="a broken pipe"):
+        asyncio.run(asyncio.wait_for(ask(), 20))
+    service.stop()
 
 
 @pytest.mark.parametrize(
