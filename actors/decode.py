@@ -201,6 +201,8 @@ def restrict(logits_BV: Tensor, cursors: Sequence[Cursor], decoding: Decoding) -
             if picked[index] < 0 and cursor.decides(p_undo[index]):
                 picked[index] = undo_id
     logits_BV = logits_BV.clone()  # the model's output is not ours to write to
+    if decoding.vocabulary is not None:
+        logits_BV[:, decoding.vocabulary :] = -torch.inf
     if decoding.undo_bias:
         logits_BV[:, undo_id] += decoding.undo_bias
     banned = [(index, token) for index, cursor in enumerate(cursors) for token in cursor.banned()]

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from actors.decode import HfDecoder
 from actors.live import Live
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import EngineSettings
@@ -24,7 +26,6 @@ if TYPE_CHECKING:  # its module needs vLLM
     from actors.decode_vllm import VllmDecoder
 
 _UNDO_PROCESSOR = "actors.decode_vllm:UndoProcessor"  # by name: its module needs vLLM to be imported
-_PROBES = 16  # random prompts whose next token is compared after weights were loaded
 _PREFILL_TOKENS = 8192  # prompts of one vLLM step; without chunked prefill it must hold the longest one
 
 
@@ -70,8 +71,14 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion a request, in the order of the requests."""
 
+    def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding) -> list[Decoded]:
+        """Decode with undo; one result a request, in the order of the requests."""
+
     def load_weights(self, folder: Path) -> None:
         """Replace the weights by those of another model folder of the same shape."""
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace the weights by these, which have the names of a checkpoint; tied ones may be there once."""
 
 
 def engine_kind(asked: Literal["auto", "vllm", "hf"]) -> Literal["vllm", "hf"]:
@@ -92,27 +99,7 @@ def make_engine(folder: Path, settings: EngineSettings, context: int, seed: int)
     """Load a model folder into an engine. `context` is the longest row, prompt and completion together, in tokens."""
     if engine_kind(settings.kind) == "vllm":
         return VllmEngine(folder, settings, context, seed)
-    return HfEngine.from_folder(folder, settings)
-
-
-def check_weights(engine: Engine, folder: Path, dtype: str) -> None:
-    """Compare the engine's log-probabilities with those that transformers computes from the folder's weights.
-
-    Raises:
-        RuntimeError: they differ by more than rounding, so the engine does not generate with these weights.
-    """
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(0, model.get_input_embeddings().weight.shape[0], (_PROBES, 12), generator=generator)
-    with torch.inference_mode():
-        wanted = torch.log_softmax(model(input_ids=prompts).logits[:, -1].float(), -1)
-    # No stop id can end a completion of one token early.
-    sampling = Sampling(temperature=0, top_p=1, max_tokens=1, stop_id=0, logprobs=True)
-    found = engine.generate([Request(tuple(prompt), 0) for prompt in prompts.tolist()], sampling)
-    allowed = 0.02 if dtype == "float32" else 0.3
-    off = max(abs(one.logprobs[0] - float(row[one.token_ids[0]])) for one, row in zip(found, wanted, strict=True))
-    if off > allowed:
-        raise RuntimeError(f"the engine does not generate with the weights of {folder}: log-probabilities are off by {off:.3f}")
+    return HfEngine.from_folder(folder, settings, context)
 
 
 class VllmEngine:
@@ -169,7 +156,6 @@ class VllmEngine:
         return [_from_vllm(output.outputs[0], sampling.stop_id) for output in outputs]
 
     def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding) -> list[Decoded]:
-        """Decode with undo; one result a request, in the order of the requests."""
         return self.decoder.decode(requests, decoding)
 
     @cached_property
@@ -187,7 +173,13 @@ class VllmEngine:
         return VllmLive(self._llm.llm_engine, config.get_vocab_size(), config.max_model_len)
 
     def load_weights(self, folder: Path) -> None:
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self._reload(weights_path=str(folder))
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        self._reload(weights_iterator=iter(weights.items()), is_checkpoint_format=True)
+
+    def _reload(self, **how: Any) -> None:
+        self._llm.collective_rpc("reload_weights", kwargs=how)
         self._llm.apply_model(_repack_tied_head)
         self._llm.reset_prefix_cache()
 
@@ -210,19 +202,34 @@ class HfEngine:
 
     kind = "hf"
 
-    def __init__(self, model: Any, max_num_seqs: int) -> None:
+    def __init__(self, model: Any, max_num_seqs: int, context: int | None = None) -> None:
+        """`context`: longest row, for `decode` alone."""
         self.model = model
-        self._max_num_seqs = max_num_seqs
+        self._max_num_seqs, self._context = max_num_seqs, context
 
     @classmethod
-    def from_folder(cls, folder: Path, settings: EngineSettings) -> HfEngine:
+    def from_folder(cls, folder: Path, settings: EngineSettings, context: int | None = None) -> HfEngine:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype))
-        return cls(model.to(device).eval(), settings.max_num_seqs)
+        return cls(model.to(device).eval(), settings.max_num_seqs, context)
+
+    @cached_property
+    def _decoder(self) -> HfDecoder:
+        assert self._context is not None
+        return HfDecoder(self.model, self._max_num_seqs, self._context)
+
+    def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding) -> list[Decoded]:
+        return self._decoder.decode(requests, decoding)
 
     def load_weights(self, folder: Path) -> None:
         fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype)
         self.model.load_state_dict(fresh.state_dict())
+
+    @torch.no_grad()
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        own = self.model.state_dict()
+        for name, values in weights.items():
+            own[name].copy_(values)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         # Rows of like length share a batch: fewer padding columns.

@@ -142,7 +142,7 @@ class SavedModel:
 
     def decoding(self, settings: AnswerSettings, max_tokens: int) -> Decoding:
         """How to decode by settings of this model, which may be a request's own, within `max_tokens` ids."""
-        return decoding_of(settings, self.rule, self.stop_id, max_tokens)
+        return decoding_of(settings, self.rule, self.stop_id, max_tokens, len(self.tokenizer))
 
     def room(self, prompt_ids: Sequence[int], row_tokens: int) -> int:
         """Ids that fit behind a prompt in rows of so many.
@@ -201,7 +201,7 @@ def explain(error: ValidationError) -> str:
     return f"{place}: {message}{shown}".removeprefix(": ")
 
 
-def decoding_of(settings: AnswerSettings, rule: UndoRule, stop_id: int, max_tokens: int) -> Decoding:
+def decoding_of(settings: AnswerSettings, rule: UndoRule, stop_id: int, max_tokens: int, vocabulary: int | None = None) -> Decoding:
     return Decoding(
         settings.mode,
         settings.temperature,
@@ -215,4 +215,5 @@ def decoding_of(settings: AnswerSettings, rule: UndoRule, stop_id: int, max_toke
         ban_tried=settings.ban_tried,
         max_undos=settings.max_undos,
         max_undos_per_state=settings.max_undos_per_state,
+        vocabulary=vocabulary,
     )

@@ -55,7 +55,7 @@ class Workers:
         """The rollout pool with the weights of `folder` in every engine."""
         self.start()
         if self._pool is None:
-            self._pool = RolloutPool(self._settings, folder.resolve(), version, context, self._log_dir)
+            self._pool = RolloutPool(self._settings, folder.resolve(), version, context, self._log_dir, self._say)
             word = " (vLLM is not installed)" if self._pool.kind == "hf" and self._settings.engine.kind == "auto" else ""
             self._say(f"engine: {self._pool.kind}{word}")
         self._pool.use(folder.resolve(), version)

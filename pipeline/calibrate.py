@@ -111,7 +111,7 @@ def calibrate(
     """
     from actors.decode import HfDecoder  # here, so that `--help` needs no torch
     from actors.engines import Completion
-    from pipeline.stages.evaluate import decoding_of, evaluated, requests_of
+    from pipeline.stages.evaluate import evaluated, evaluation_decoding, requests_of
     from pipeline.stages.io import Codec, read_problems
     from pipeline.stages.probes import spread
     from pipeline.stages.sft import CONTROL
@@ -140,7 +140,7 @@ def calibrate(
     def _completion(one: Decoded) -> Completion:
         return Completion(one.ids, (), one.finish)
 
-    rewind = decoding_of(settings, codec, "rewind")
+    rewind = evaluation_decoding(settings, codec, "rewind")
     found: dict[str, Any] = {}
     total = 1 + sum(len(SWEEPS[name].values) for name in names)
     with terminal.stage("calibrate", total, "values") as progress:

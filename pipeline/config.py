@@ -125,6 +125,9 @@ class SamplingSettings(Section):
 
 
 class RolloutSettings(SamplingSettings):
+    mode: Literal["forbidden", "rewind"] = Field(
+        "forbidden", description="First tries, undo forbidden; or tries with undo as in decode, of which what survives is judged."
+    )
     problems: int | None = Field(None, ge=1, description="Training problems to sample; null takes all.")
     samples: int = Field(2, ge=1, le=1024, description="Completions for each problem.")
     hot_samples: int = Field(0, ge=0, le=1024, description="More completions for each problem, for near misses.")

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
+
 from pipeline.backtrack.tree import Rewinding
 from pipeline.backtrack.undo import UndoRule, UndoStream, apply_undo
 
@@ -79,6 +81,10 @@ class Decoding:
     """Returns to one state; from then on U is forbidden wherever it would return there."""
     signal: Signal | None = None
     """For mode `guided`, which needs it."""
+    undo_epsilon: float = 0.0
+    """Share of the threshold's decisions that are turned round: what a learner needs to hear of both."""
+    vocabulary: int | None = None
+    """Ids from this one on, spare rows of the embedding, are never chosen. None: all may be."""
 
     def __post_init__(self) -> None:
         for name, kinds in (("mode", Mode), ("rewinding", Rewinding)):
@@ -97,6 +103,12 @@ class Decoding:
             raise ValueError(f"threshold must lie in 0 .. 1 or be None, is {self.threshold}")
         if not math.isfinite(self.undo_bias) or (self.undo_bias and self.threshold is not None):
             raise ValueError(f"undo_bias must be finite, and 0 beside a threshold, is {self.undo_bias}")
+        if not 0 <= self.undo_epsilon < 1:
+            raise ValueError(f"undo_epsilon must be 0 or more and below 1, is {self.undo_epsilon}")
+        if self.undo_epsilon and (self.threshold is None or self.mode == "guided" or self.defers):
+            raise ValueError("undo_epsilon needs a threshold that decides each undo by itself: no deferred rewinding, not guided")
+        if self.vocabulary is not None and self.vocabulary <= max(self.stop_id, self.rule.undo_id):
+            raise ValueError(f"vocabulary must hold stop_id and the undo token, is {self.vocabulary}")
         if self.mode == "guided" and not isinstance(self.signal, Signal):
             raise ValueError(f"mode guided needs a Signal, signal is {self.signal!r}")
 
@@ -134,7 +146,7 @@ class DecodeRequest:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What became of a request. `Walk(prompt, ids, logprobs, banned)` puts it on the token tree."""
+    """What became of a request. `Walk(prompt, ids, logprobs, banned, closed=closed)` puts it on the token tree."""
 
     ids: tuple[int, ...]
     """[n] As emitted: forced ids, undo tokens, deleted ones and the stop id included."""
@@ -142,14 +154,17 @@ class Decoded:
     """What the reader sees."""
     logprobs: tuple[float, ...]
     """[n] At temperature 1, bans renormalised and `undo_bias` applied; a forced id's is the model's for it. A U that the
-    threshold or the signal decided was certain: 0."""
+    threshold or the signal decided was certain: 0. With `undo_epsilon` a decision has a probability, which counts with the id."""
     banned: tuple[frozenset[int], ...]
-    """[n] What was renormalised away. Empty for a U that the threshold or the signal decided, which has no rival."""
+    """[n] What was renormalised away. Empty for a U that the threshold or the signal decided, which has no rival; with
+    `undo_epsilon` U was one of the choices wherever it was possible."""
     undos: int
     """U's emitted, no-ops included."""
     noops: int
     """U's that met an empty stack; only a forced one can."""
     finish: Finish
+    closed: frozenset[int] = frozenset()
+    """Indices of U's behind which a deferred run had to end: no choice of the model's."""
 
 
 class _State:
@@ -211,6 +226,13 @@ class Cursor:
         self._behind_run = False
         self._capped = False  # whether any state has been returned to as often as it may
         self._fresh = False  # whether the last id emitted stands on the stack: not when it was U
+        self._closed: list[int] = []
+        self._explores = decoding.undo_epsilon > 0
+        self._luck: list[float] = []  # for each id emitted: whether the threshold's decision is turned round
+        self._decision = 0.0  # log-probability of what was decided last
+        if self._explores:
+            # The row's other numbers come from its seed alone.
+            self._luck = np.random.Generator(np.random.Philox([request.seed, 1])).random(decoding.max_tokens).tolist()
         self._doubted = False
         self._settle()
 
@@ -275,7 +297,14 @@ class Cursor:
         if self._guided:
             return self._doubted
         threshold = self._decoding.threshold
-        return None if threshold is None else self._may_undo and p_undo > threshold
+        if threshold is None:
+            return None
+        wanted = self._may_undo and p_undo > threshold
+        if self._explores and self._may_undo:
+            turned = self._luck[len(self._ids)] < self._decoding.undo_epsilon
+            self._decision = math.log(self._decoding.undo_epsilon if turned else 1 - self._decoding.undo_epsilon)
+            return wanted is not turned
+        return wanted
 
     def take(self, token: int, logprob: float, alternative: float = -math.inf) -> int:
         """Move on by the chosen id.
@@ -306,9 +335,10 @@ class Cursor:
             allowed = token not in self._banned and forced in (None, token)
         if not allowed:
             raise ValueError(f"id {token} is not allowed behind {self._ids}")
+        explored = self._explores and self._may_undo and forced is None
         self._ids.append(token)
-        self._logprobs.append(0.0 if certain else logprob)
-        self._bans.append(_NONE if certain else self._banned)
+        self._logprobs.append((0.0 if certain else logprob) + (self._decision if explored else 0.0))
+        self._bans.append(self._banned - self._undo_alone if explored else _NONE if certain else self._banned)
         self._behind_run = self._doubted = False
         deleted = self._stream.take(token)
         self._fresh = deleted < 0
@@ -343,6 +373,7 @@ class Cursor:
             stream.undos,
             stream.noops,
             self.finish or "length",
+            frozenset(self._closed),
         )
 
     def _undo(self, count: int) -> None:
@@ -357,6 +388,7 @@ class Cursor:
             self._gone += deleted
             forced = self.forced
             if not (self._undo_allowed() if forced is None else forced == self._undo_id):
+                self._closed.append(len(self._ids) - 1)
                 self._end_run()
             return
         if self._decoding.mode == "soft":

@@ -35,6 +35,8 @@ class Walk:
     """[n] What each target counts in a loss, 0 for masked ones; all count 1 when None."""
     roles: tuple[int, ...] | None = None
     """[n] What each id is in a trace, see trace.py."""
+    closed: frozenset[int] = frozenset()
+    """Indices of U's behind which a deferred run had to end, so that its end is no action."""
     prompt_weight: float = 0.0
     """What the prompt's tokens count from the second on; where it is 0 they are no actions."""
 
@@ -158,8 +160,9 @@ def grow(walks: Sequence[Walk], rule: UndoRule, rewinding: Rewinding = "deferred
         for step, token in enumerate(walk.ids):
             weight = weights[step] if weights else 1.0
             if state != stack[-1] and token != undo_id:
-                ended = weights[step - 1] if weights else 1.0  # ending the run is as right as the run
-                actions.append(Action(state, undo_id, number, step, ended, roles[step - 1] if roles else -1, True))
+                if step - 1 not in walk.closed:
+                    ended = weights[step - 1] if weights else 1.0  # ending the run is as right as the run
+                    actions.append(Action(state, undo_id, number, step, ended, roles[step - 1] if roles else -1, True))
                 state = stack[-1]
             logprob = logprobs[step] if logprobs else None
             role = roles[step] if roles else -1

@@ -15,11 +15,11 @@ from datasets import Features, Value
 from datasets import List as ListOf
 
 from actors.engines import Completion, Request, Sampling
-from pipeline.backtrack.cursor import DecodeRequest, Decoding, Mode, Signal
+from pipeline.backtrack.cursor import DecodeRequest, Decoding, Mode
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import Settings
 from pipeline.metrics import Evaluated, Probed, accepted, summarise, tokens_table
-from pipeline.stages.io import Codec, read_problems, write_json, write_rows
+from pipeline.stages.io import Codec, decoding_of, read_problems, write_json, write_rows
 from pipeline.stages.probes import own_errors, spread, spurious_undos
 from pipeline.stages.rollouts import context_length, row_seed, within_context
 from pipeline.stages.sft import CONTROL
@@ -147,7 +147,7 @@ def _votes(
     )
     count = votes_needed(spent, own) if asked.votes is None else asked.votes
     wanted = requests_for(test, codec, count, context.settings.run.seed)
-    decoding = without_undo(decoding_of(context.settings, codec, "forbidden"), asked.vote_temperature)
+    decoding = without_undo(evaluation_decoding(context.settings, codec, "forbidden"), asked.vote_temperature)
     with context.terminal.stage("votes", len(wanted)) as progress:
         done = context.workers.decode(
             model.folder, wanted, decoding, context_length(context), lambda count, tokens: progress.advance(count)
@@ -170,7 +170,7 @@ def _decode(
     """Completions by the engine of a mode."""
     if mode == "soft":
         return _generate(context, model, problems, codec, mode, on_rows)
-    decoding, longest = decoding_of(context.settings, codec, mode), context_length(context)
+    decoding, longest = evaluation_decoding(context.settings, codec, mode), context_length(context)
     wanted = requests_of(context.settings, codec, problems)
     return [Completion(one.ids, (), one.finish) for one in context.workers.decode(model.folder, wanted, decoding, longest, on_rows)]
 
@@ -185,18 +185,17 @@ def _generate(
 ) -> list[Completion]:
     """Completions by an ordinary engine: mode soft, or forbidden."""
     settings, asked = context.settings, context.settings.evaluate
-    banned = (codec.rule.undo_id,) if mode == "forbidden" else ()
+    banned = (*codec.spare_ids, *((codec.rule.undo_id,) if mode == "forbidden" else ()))
     sampling = Sampling(asked.temperature, asked.top_p, asked.max_tokens, codec.stop_id, banned)
     requests = [Request(one.prompt_ids, one.seed) for one in requests_of(settings, codec, problems)]
     pool = context.workers.pool(model.folder, model.version, context_length(context))
     return pool.generate(requests, sampling, settings.rollouts.batch, on_rows)[0]
 
 
-def decoding_of(settings: Settings, codec: Codec, mode: Mode) -> Decoding:
+def evaluation_decoding(settings: Settings, codec: Codec, mode: Mode) -> Decoding:
     """How evaluation decodes in a mode."""
-    asked, how = settings.evaluate, settings.decode
-    ends = (asked.temperature, asked.top_p, asked.max_tokens, codec.stop_id)
-    return Decoding(mode, *ends, codec.rule, **how.model_dump(exclude={"signal"}), signal=Signal(**how.signal.model_dump()))
+    asked = settings.evaluate
+    return decoding_of(codec, settings.decode, mode, asked.temperature, asked.top_p, asked.max_tokens)
 
 
 def requests_of(settings: Settings, codec: Codec, problems: Sequence[Problem]) -> list[DecodeRequest]:

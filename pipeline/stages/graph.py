@@ -94,13 +94,17 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "rollouts",
-        2,
+        3,
         lambda round: (_PROBLEMS, _model(round)),
-        lambda s: _generation(s) | {"rollouts": s.rollouts.model_dump(mode="json", exclude={"batch"}), "token": s.undo.token},
+        lambda s: (
+            _generation(s)
+            | {"rollouts": s.rollouts.model_dump(mode="json", exclude={"batch"}), "token": s.undo.token}
+            | ({"decode": s.decode.model_dump(mode="json"), "unit": s.undo.unit} if s.rollouts.mode == "rewind" else {})
+        ),
     ),
     Stage(
         "judge",
-        2,
+        3,
         lambda round: (_PROBLEMS, _model(round), Input("rollouts", round, "rollouts")),
         _judge_settings,
     ),
@@ -133,7 +137,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "evaluate",
-        3,
+        4,
         lambda round: (_PROBLEMS, _model(round), Input("sft", round, "sft")),
         lambda s: (
             _generation(s)

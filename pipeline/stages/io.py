@@ -7,14 +7,16 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, load_from_disk
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
+from pipeline.backtrack.cursor import Decoding, Mode, Signal
 from pipeline.backtrack.embedding import undo_rule
-from pipeline.config import UndoSettings
+from pipeline.config import DecodeSettings, UndoSettings
 from pipeline.tasks.problem import Problem
 
 
@@ -62,6 +64,9 @@ class Codec:
         self._prompt = prompt
         self.rule = undo_rule(self.tokenizer, undo.token, undo.unit)
         self.stop_id: int = self.tokenizer.eos_token_id
+        self.vocabulary = len(self.tokenizer)
+        """Ids from this one on are spare rows of the embedding, if there are any: they mean nothing."""
+        self._folder = folder
 
     def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
         """Ids of the prompt; text that spells a special token is split like any other text."""
@@ -84,6 +89,12 @@ class Codec:
         special = set(self.tokenizer.all_special_ids) | {self.rule.undo_id, self.stop_id}
         return tuple(token for token in range(len(self.tokenizer)) if token not in special)
 
+    @cached_property
+    def spare_ids(self) -> tuple[int, ...]:
+        """Ids of the model that the tokenizer does not know. No engine should emit them."""
+        rows = AutoConfig.from_pretrained(self._folder).get_text_config().vocab_size
+        return tuple(range(self.vocabulary, rows))
+
     def decode(self, ids: Sequence[int]) -> Text:
         """Text of ids without the stop id and with undo tokens in their written form, and each token's characters."""
         ids = tuple(ids[:-1]) if ids and ids[-1] == self.stop_id else tuple(ids)
@@ -105,3 +116,11 @@ class Codec:
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def decoding_of(
+    codec: Codec, how: DecodeSettings, mode: Mode, temperature: float, top_p: float, max_tokens: int, **more: Any
+) -> Decoding:
+    """Decoding in a mode as the settings want it; `more` replaces some of them."""
+    rest = how.model_dump(exclude={"signal"}) | {"signal": Signal(**how.signal.model_dump()), "vocabulary": codec.vocabulary} | more
+    return Decoding(mode, temperature, top_p, max_tokens, codec.stop_id, codec.rule, **rest)

@@ -108,7 +108,7 @@ def _by_rollouts(
         for i, case in zip(wrong, cases, strict=True)
     ]
     asked = settings.rollouts
-    undo = (codec.rule.undo_id,)
+    undo = (codec.rule.undo_id, *codec.spare_ids)
     pool = context.workers.pool(context.inputs["model"], context.digests["model"], context_length(context))
     with context.terminal.stage("judge/localise", None, "completions") as progress:
         localiser = Localiser(

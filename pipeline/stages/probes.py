@@ -13,11 +13,11 @@ from actors.checks import Decodes, Graded, HeldOut, HeldOutError
 from actors.engines import Completion, Request, Sampling
 from actors.judge import judge_rows
 from actors.probe import ProbeRow
-from pipeline.backtrack.cursor import DecodeRequest, Decoding
+from pipeline.backtrack.cursor import DecodeRequest, Mode
 from pipeline.backtrack.trace import Detour, WrongTry, build_trace
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import SftSettings
-from pipeline.stages.io import Codec, read_problems
+from pipeline.stages.io import Codec, decoding_of, read_problems
 from pipeline.stages.rollouts import context_length, row_seed, within_context
 from pipeline.stages.sources import locate
 from pipeline.stages.stage import Context
@@ -53,7 +53,7 @@ def own_errors(context: Context, folder: Path, version: str, problems: Sequence[
     """First errors of the model of `folder`, from one sample of each problem at temperature 1 with undo forbidden."""
     settings = context.settings
     pool = context.workers.pool(folder, version, context_length(context))
-    sampling = Sampling(1.0, 1.0, settings.rollouts.max_tokens, codec.stop_id, (codec.rule.undo_id,))
+    sampling = Sampling(1.0, 1.0, settings.rollouts.max_tokens, codec.stop_id, (codec.rule.undo_id, *codec.spare_ids))
     requests = [Request(codec.prompt_ids(p), row_seed(settings.run.seed, f"probe/{p.id}")) for p in problems]
     completions, _ = pool.generate(requests, sampling, settings.rollouts.batch)
     return cases_of(problems, completions, codec)
@@ -144,12 +144,14 @@ def decodes(context: Context, codec: Codec, sft: SftSettings, problems: Sequence
     or left there, with undo sampled like any token. Temperature and length are those of the section evaluate."""
     settings = context.settings
     asked = settings.evaluate
-    ends = (asked.temperature, asked.top_p, asked.max_tokens, codec.stop_id, codec.rule)
-    if sft.form == "rewind":
-        decoding = Decoding("rewind", *ends, **settings.decode.model_dump())
-    else:
-        most = asked.max_tokens
-        decoding = Decoding("soft", *ends, threshold=None, ban_tried=False, max_undos=most, max_undos_per_state=most)
+    mode: Mode = "rewind" if sft.form == "rewind" else "soft"
+    most = asked.max_tokens
+    free = (
+        {"threshold": None, "undo_bias": 0.0, "ban_tried": False, "max_undos": most, "max_undos_per_state": most}
+        if mode == "soft"
+        else {}
+    )
+    decoding = decoding_of(codec, settings.decode, mode, asked.temperature, asked.top_p, most, **free)
     requests = [DecodeRequest(codec.prompt_ids(p), row_seed(settings.run.seed, f"evaluate/{p.id}")) for p in problems]
 
     def grade(index: int, ids: tuple[int, ...]) -> Graded:

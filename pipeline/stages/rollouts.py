@@ -1,4 +1,6 @@
-"""Stage `rollouts`: the model's own tries at training problems, with the undo token forbidden: first tries, errors and all."""
+"""Stage `rollouts`: the model's own tries at training problems. With the undo token forbidden, which is the default: first tries,
+errors and all. Mode `rewind`: what survives where the model may undo, hence the errors that it has not seen.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,11 @@ from collections.abc import Sequence
 from datasets import Features, List, Value
 
 from actors.engines import Completion, Request, Sampling
-from pipeline.stages.io import Codec, read_problems, write_rows
+from actors.rollout import OnRows, RolloutPool
+from pipeline.backtrack.cursor import Decoded, DecodeRequest
+from pipeline.backtrack.undo import apply_undo
+from pipeline.config import Settings
+from pipeline.stages.io import Codec, decoding_of, read_problems, write_rows
 from pipeline.stages.stage import Context, StageError
 from pipeline.tasks.problem import Problem
 
@@ -54,16 +60,36 @@ def run(context: Context) -> None:
         pool = context.workers.pool(context.inputs["model"], context.digests["model"], context_length(context))
         for is_hot, temperature in ((False, asked.temperature), (True, asked.hot_temperature)):
             some = [i for i in fits if hot[i] == is_hot]
-            requests = [Request(prompts[i], row_seed(settings.run.seed, ids[i])) for i in some]
-            forbidden = (codec.rule.undo_id,)
-            sampling = Sampling(temperature, asked.top_p, asked.max_tokens, codec.stop_id, forbidden, logprobs=asked.logprobs)
-            if requests:
-                found, version = pool.generate(requests, sampling, asked.batch, on_rows)
+            seeds = [row_seed(settings.run.seed, ids[i]) for i in some]
+            wanted = [DecodeRequest(prompts[i], seed) for i, seed in zip(some, seeds, strict=True)]
+            if wanted:
+                found, version = _tries(pool, wanted, settings, temperature, codec, on_rows)
                 completions.update(zip(some, found, strict=True))
     rows = [_row(ids[i], prompts[i], completions[i], hot[i], version) for i in fits]
     write_rows(rows, FEATURES, context.out)
     cut = sum(completion.finish == "length" for completion in completions.values())
     context.counts.update(rows=len(rows), tokens=tokens[0], cut_at_max_tokens=cut, prompt_too_long=too_long)
+
+
+def _tries(
+    pool: RolloutPool, wanted: Sequence[DecodeRequest], settings: Settings, temperature: float, codec: Codec, on_rows: OnRows
+) -> tuple[list[Completion], str]:
+    """First tries, or what survives of tries with undo: errors that the model has not taken back, each in the state it was made in.
+
+    Decoding without undo is plain generation, which engines do faster.
+    """
+    asked, spent = settings.rollouts, (temperature, settings.rollouts.top_p, settings.rollouts.max_tokens)
+    if asked.mode == "forbidden":
+        requests = [Request(one.prompt_ids, one.seed) for one in wanted]
+        sampling = Sampling(*spent, codec.stop_id, (codec.rule.undo_id, *codec.spare_ids), logprobs=asked.logprobs)
+        return pool.generate(requests, sampling, asked.batch, on_rows)
+    done, version = pool.decode(wanted, decoding_of(codec, settings.decode, "rewind", *spent), asked.batch, on_rows)
+    return [_surviving(one, codec) for one in done], version
+
+
+def _surviving(one: Decoded, codec: Codec) -> Completion:
+    source = apply_undo(one.ids, codec.rule).source
+    return Completion(one.surviving, tuple(one.logprobs[index] for index in source), one.finish)
 
 
 def _row(row_id: str, prompt: Sequence[int], completion: Completion, hot: bool, version: str) -> dict[str, object]:

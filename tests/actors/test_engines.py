@@ -9,7 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.engines import Completion, Engine, HfEngine, Request, Sampling, VllmEngine, check_weights, engine_kind
+from actors.decode import HfDecoder
+from actors.engines import Completion, Engine, HfEngine, Request, Sampling, VllmEngine, engine_kind
+from actors.weights import Weights, check_weights, probe_of_folder
+from pipeline.backtrack.cursor import DecodeRequest, Decoding
+from pipeline.backtrack.undo import UndoRule
 from pipeline.config import EngineSettings, ScratchModel
 from pipeline.stages.base import new_model, train_tokenizer
 
@@ -97,9 +101,9 @@ def test_generation_ends_with_the_stop_id(vllm: Engine, hf: Engine, folders: tup
 def test_new_weights_in_place_equal_a_fresh_engine(name: str, request: pytest.FixtureRequest, folders: tuple[Path, Path]) -> None:
     engine = request.getfixturevalue(name)
     engine.load_weights(folders[1])
-    check_weights(engine, folders[1], "float32")
+    check_weights(engine, probe_of_folder(folders[1]), "float32", "it")
     with pytest.raises(RuntimeError, match="does not generate with the weights"):
-        check_weights(engine, folders[0], "float32")
+        check_weights(engine, probe_of_folder(folders[0]), "float32", "it")
     assert_same(engine.generate(requests(), GREEDY), plain(folders[1], GREEDY))
     engine.load_weights(folders[0])
     assert_same(engine.generate(requests(), GREEDY), plain(folders[0], GREEDY))
@@ -122,3 +126,33 @@ def test_auto_takes_vllm_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) 
     assert engine_kind("auto") == "hf"
     with pytest.raises(RuntimeError, match="set engine"):
         engine_kind("vllm")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["vllm", "hf"])
+def test_weights_handed_over_equal_those_of_a_folder(
+    name: str, dtype: str, request: pytest.FixtureRequest, folders: tuple[Path, Path]
+) -> None:
+    engine: Engine = request.getfixturevalue(name)
+    model = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
+    weights = Weights.of(model, dtype)
+    assert len(weights.arrays) == len(list(model.parameters()))  # a tied head is there once
+    engine.set_weights(weights.tensors())
+    check_weights(engine, weights.probe, dtype, "it")
+    with pytest.raises(RuntimeError, match="does not generate with the weights of other"):
+        check_weights(engine, probe_of_folder(folders[0]), "float32", "other")
+    if dtype == "float32":
+        assert_same(engine.generate(requests(), GREEDY), plain(folders[1], GREEDY))
+    engine.load_weights(folders[0])
+
+
+def test_an_engine_decodes_with_the_weights_it_was_given_last(vllm: Engine, folders: tuple[Path, Path]) -> None:
+    how = Decoding("rewind", 0.0, 1.0, 24, STOP, UndoRule(undo_id=299), "immediate", threshold=0.003)
+    wanted = [DecodeRequest(prompt, 0) for prompt in PROMPTS]
+    hf: Engine = HfEngine.from_folder(folders[0], EngineSettings(), 128)
+    for folder in (folders[1], folders[0]):
+        for engine in (vllm, hf):
+            engine.load_weights(folder)
+        fresh = HfDecoder.from_folder(folder, 8, 128).decode(wanted, how)
+        assert [one.ids for one in hf.decode(wanted, how)] == [one.ids for one in fresh]
+        assert [one.ids for one in vllm.decode(wanted, how)] == [one.ids for one in fresh]

@@ -25,8 +25,9 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from actors.engines import Request, Sampling, VllmEngine, check_weights
+from actors.engines import Request, Sampling, VllmEngine
 from actors.trainable import prepare, save
+from actors.weights import check_weights, probe_of_folder
 from pipeline.backtrack.embedding import add_undo_token
 from pipeline.config import EngineSettings
 from pipeline.stages.base import train_tokenizer
@@ -317,7 +318,7 @@ def test_vllm_generates_with_the_saved_rows(tmp_path: Path) -> None:
     for what in ("lora", "undo_row"):
         if what != "lora":
             engine.load_weights(tmp_path / what)
-        check_weights(engine, tmp_path / what, "float32")
+        check_weights(engine, probe_of_folder(tmp_path / what), "float32", "it")
         prompts = [(5, 6, undo_id), (undo_id, 7, 8), (9, undo_id, undo_id, 10)]
         sampling = Sampling(temperature=0, top_p=1, max_tokens=8, stop_id=1, logprobs=True)
         found = engine.generate([Request(prompt, 0) for prompt in prompts], sampling)

@@ -122,6 +122,9 @@ def slow_decode(
     if guided:
         doubts, threshold = doubts or doubts_of(decoding), 2.0  # P(U) is never above it
     uniforms = uniforms_of(request, decoding)
+    epsilon = decoding.undo_epsilon
+    luck = np.random.Generator(np.random.Philox([request.seed, 1])).random(decoding.max_tokens).tolist()
+    closed: set[int] = set()
     ids: list[int] = []
     logprobs: list[float] = []
     alternatives: list[float] = []
@@ -129,11 +132,17 @@ def slow_decode(
     doubted = False
     none, undo_alone = frozenset[int](), frozenset({undo_id})
 
-    def emit(token: int, scores: list[float], bans: frozenset[int], certain: bool = False) -> None:
+    def emit(token: int, scores: list[float], bans: frozenset[int], certain: bool = False, explored: bool = False) -> None:
+        turned = explored and luck[len(ids)] < epsilon
         ids.append(token)
-        logprobs.append(0.0 if certain else scores[token])
+        logprobs.append((0.0 if certain else scores[token]) + (math.log(epsilon if turned else 1 - epsilon) if explored else 0.0))
         alternatives.append(alternative_of(scores, token, undo_id))
-        banned.append(none if certain else bans)
+        banned.append(bans - undo_alone if explored else none if certain else bans)
+
+    def may_go_on() -> bool:
+        """Whether a run may or must go on."""
+        forced = request.forced_ids[len(ids)] if len(ids) < len(request.forced_ids) else None
+        return forced == undo_id or forced is None and may_undo(ended=False)
 
     def may_undo(ended: bool) -> bool:
         if decoding.mode == "forbidden" or ids.count(undo_id) >= decoding.max_undos or len(ids) >= decoding.max_tokens - 1:
@@ -147,7 +156,9 @@ def slow_decode(
         uniform = uniforms[len(ids)]
         last_doubted, doubted = doubted, False
         surviving, run = apply_undo(ids, rule).surviving, run_behind(ids, decoding)
-        if run and (forced == undo_id or forced is None and may_undo(ended=False)):
+        if run and not may_go_on():
+            closed.add(len(ids) - 1)
+        elif run:
             logits = logits_of(request.prompt_ids + apply_undo(ids[:-run], rule).surviving + (undo_id,) * run)
             scores = logprobs_of(logits, none, decoding.undo_bias, undo_id)
             if forced is not None or threshold is None:
@@ -174,14 +185,22 @@ def slow_decode(
         if allowed and last_doubted:
             emit(undo_id, logprobs_of(logits, none), none, True)
             continue
-        if allowed and threshold is not None and math.exp(logprobs_of(logits, none)[undo_id]) > threshold:
-            emit(undo_id, logprobs_of(logits, none), none, True)
-            continue
         history = History(ids, logprobs, alternatives, decoding, size, ended=True)
+        explored = allowed and epsilon > 0
+        if allowed and threshold is not None:
+            wanted = math.exp(logprobs_of(logits, none)[undo_id]) > threshold
+            if wanted != (explored and luck[len(ids)] < epsilon):
+                emit(undo_id, logprobs_of(logits, none), frozenset(history.tried[surviving]), True, explored)
+                continue
         bans = frozenset(history.tried[surviving]) | (none if allowed and threshold is None else undo_alone)
         scores = logprobs_of(logits, bans, decoding.undo_bias, undo_id)
-        emit(choose(scores, decoding, uniform[0]), scores, bans)
+        emit(choose(scores, decoding, uniform[0]), scores, bans, explored=explored)
         doubted = is_doubted(ids[-1], bans)
+    run = run_behind(ids, decoding)
+    if run and not may_go_on():
+        closed.add(len(ids) - 1)
     undone = apply_undo(ids, rule)
     finish: Finish = "stop" if ids[-1] == decoding.stop_id else "length"
-    return Decoded(tuple(ids), undone.surviving, tuple(logprobs), tuple(banned), undone.undos, undone.noops, finish)
+    return Decoded(
+        tuple(ids), undone.surviving, tuple(logprobs), tuple(banned), undone.undos, undone.noops, finish, frozenset(closed)
+    )

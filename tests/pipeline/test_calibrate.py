@@ -17,7 +17,7 @@ from pipeline.config import DecodeSettings, EngineSettings, EvaluateSettings, Se
 from pipeline.config import UndoSettings as Undo
 from pipeline.metrics import figures
 from pipeline.settings_file import dump_settings
-from pipeline.stages.evaluate import decoding_of, evaluated, requests_of
+from pipeline.stages.evaluate import evaluated, evaluation_decoding, requests_of
 from pipeline.stages.io import Codec
 from pipeline.store import Store
 from tests.pipeline.saved import CONTEXT, PROBLEMS, save_problems_and_models
@@ -71,7 +71,7 @@ def test_every_point_is_a_decode_with_that_setting(run: Path, few: None, capsys:
     chosen = [DEV[i * len(DEV) // 6] for i in range(6)]
     requests = requests_of(SETTINGS, codec, chosen)
     decoder = HfDecoder.from_folder(run / "1" / "sft", 1, CONTEXT)
-    rewind = decoding_of(SETTINGS, codec, "rewind")
+    rewind = evaluation_decoding(SETTINGS, codec, "rewind")
 
     def done(decoding: Any) -> list[Completion]:
         return [Completion(one.ids, (), one.finish) for one in decoder.decode(requests, decoding)]

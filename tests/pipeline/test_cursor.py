@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import random
+from collections import Counter
 from dataclasses import asdict, replace
 from typing import Any, cast
 
@@ -73,6 +74,13 @@ def assert_same(found: Decoded, wanted: Decoded, tolerance: float = 1e-9) -> Non
     assert replace(found, logprobs=()) == replace(wanted, logprobs=())
 
 
+def variants(one: Decoding) -> list[Decoding]:
+    """The same with what goes with some settings alone."""
+    if one.threshold is None:
+        return [replace(one, undo_bias=1.0)]
+    return [] if one.mode == "guided" or one.defers else [replace(one, undo_epsilon=0.4)]
+
+
 decodings = st.builds(
     Decoding,
     mode=st.sampled_from(["rewind", "rewind", "rewind", "soft", "forbidden", "guided", "guided"]),
@@ -89,7 +97,7 @@ decodings = st.builds(
     signal=st.builds(
         Signal, st.sampled_from(["probability", "margin", "entropy", "repeat"]), st.sampled_from([0.2, 0.6, 1.0]), st.integers(1, 3)
     ),
-).flatmap(lambda one: st.sampled_from([one] if one.threshold is not None else [one, replace(one, undo_bias=1.0)]))
+).flatmap(lambda one: st.sampled_from([one, *variants(one)]))
 requests = st.builds(
     DecodeRequest,
     prompt_ids=st.lists(st.integers(0, SIZE - 2), min_size=1, max_size=3).map(tuple),
@@ -195,6 +203,34 @@ def test_without_a_threshold_nothing_is_decided_and_with_one_u_is_never_sampled(
     assert cursor.result().logprobs == (-1, 0) and cursor.result().banned == ({U}, NONE)
     assert not cursor.decides(0.99)  # nothing is left to undo
     assert cursor.banned() == {1, U}
+
+
+def test_a_run_that_had_to_end_is_said() -> None:
+    cursor = cursor_at((1, 2, U), PLAIN)
+    assert cursor.result().closed == NONE  # it may still go on
+    cursor.take(3, -1)
+    assert cursor.result().closed == NONE  # it was ended
+    for how in (PLAIN, replace(PLAIN, max_undos=1)):
+        assert cursor_at((1, U), how).result().closed == {1}
+
+
+def test_decisions_that_are_turned_round_have_the_probability_that_is_said() -> None:
+    """Over many seeds, each first decision and each id behind it is as frequent as its log-probability says."""
+    decoding = Decoding("rewind", 1.0, 1.0, 2, STOP, rule("token"), "immediate", threshold=0.3, undo_epsilon=0.25)
+    decoding = replace(decoding, max_tokens=4)
+    seen: Counter[tuple[int, ...]] = Counter()
+    said: dict[tuple[int, ...], float] = {}
+    seeds = 6000
+    for seed in range(seeds):
+        one = drive(DecodeRequest((4,), seed), decoding)
+        for count in range(1, len(one.ids) + 1):
+            seen[one.ids[:count]] += 1
+            said[one.ids[:count]] = math.exp(sum(one.logprobs[:count]))
+    undone = [ids for ids in seen if U in ids]
+    assert sum(seen[ids] for ids in undone) > 500
+    for ids, times in seen.items():
+        spread = math.sqrt(seeds * said[ids] * (1 - said[ids])) + 1
+        assert abs(times - seeds * said[ids]) < 5 * spread, ids
 
 
 def test_a_line_is_left_where_the_best_other_path_leaves() -> None:

@@ -128,7 +128,8 @@ def evaluated(inputs: dict[str, Path], out: Path, settings: Settings) -> list[di
 
 
 def decoded(folder: Path, codec: Codec, how: Decoding, problems: Sequence[Problem] = EVALUATED) -> list[tuple[int, ...]]:
-    """Ids of all problems, by the decoder itself, every row alone."""
+    """Ids of all problems, by the decoder itself, every row alone; no id that the tokenizer does not know."""
+    how = replace(how, vocabulary=codec.vocabulary)
     decoder = HfDecoder.from_folder(folder, 1, CONTEXT)
     requests = [DecodeRequest(codec.prompt_ids(problem), row_seed(0, f"evaluate/{problem.id}")) for problem in problems]
     return [decoder.decode([request], how)[0].ids for request in requests]
@@ -155,6 +156,7 @@ def test_rewind_rows_are_those_of_the_decoder(
         assert [row["undos"] for row in mine] == [row["token_ids"].count(codec.rule.undo_id) for row in mine]
         assert not any(row["noops"] for row in mine)
     assert sum(row["undos"] > 0 for row in rows) > 4 and any(row["undos"] == 0 for row in rows)
+    assert all(max(row["token_ids"]) < codec.vocabulary for row in rows) and codec.spare_ids
 
 
 def test_modes_share_the_first_tries_of_the_main_one(inputs: dict[str, Path], tmp_path: Path) -> None:
@@ -231,7 +233,7 @@ def test_the_vote_is_that_of_samples_decoded_alone(inputs: dict[str, Path], tmp_
     test = [problem for problem in EVALUATED if problem.split == "test"]
     assert [(row["model"], row["problem"]) for row in votes] == [("base", problem.id) for problem in test]
     codec = Codec(inputs["model"], Undo(unit="token"), "{question}\n")
-    how = Decoding("forbidden", 0.5, 1.0, MAX_TOKENS, codec.stop_id, codec.rule)
+    how = Decoding("forbidden", 0.5, 1.0, MAX_TOKENS, codec.stop_id, codec.rule, vocabulary=codec.vocabulary)
     decoder = HfDecoder.from_folder(inputs["model"], 1, CONTEXT)
     own = {row["problem"]: row for row in rows if (row["model"], row["mode"]) == ("base", "rewind")}
     for row, problem in zip(votes, test, strict=True):
