@@ -1,1 +1,1 @@
-"""Reward components, one file each; reinforcement learning is what needs them, and no stage does that yet."""
+"""What a rollout is rewarded for: one file a component, `combine` puts them together, see docs/rewards.md."""

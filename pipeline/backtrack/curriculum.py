@@ -100,3 +100,24 @@ def allowed_traces(undos: Sequence[int], most: Schedule, step: int) -> tuple[int
     """
     limit = most.at(step)
     return tuple(index for index, count in enumerate(undos) if count <= limit)
+
+
+_PARTS = 1000
+
+
+def over_training(points: Sequence[tuple[float, float]], between: Literal["constant", "linear"] = "constant") -> Schedule:
+    """A schedule over the whole of training, from (share of training done, value) pairs; ask it at `part_of(share)`.
+
+    Its steps are thousandths of the training. Raises ValueError as `Schedule` does.
+
+    Example:
+        >>> budget = over_training([(0, 512), (0.8, 256)], "linear")
+        >>> [budget.at(part_of(share)) for share in (0, 0.4, 1)]
+        [512.0, 384.0, 256]
+    """
+    return Schedule(tuple((part_of(share), value) for share, value in points), between)
+
+
+def part_of(share: float) -> int:
+    """A share of the training as the step of such a schedule."""
+    return round(share * _PARTS)

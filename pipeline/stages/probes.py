@@ -22,6 +22,7 @@ from pipeline.stages.rollouts import context_length, row_seed, within_context
 from pipeline.stages.sources import locate
 from pipeline.stages.stage import Context
 from pipeline.tasks.problem import Problem
+from rewards.rollout import undo_runs
 from verifiers.tasks import judge_of
 
 
@@ -165,9 +166,5 @@ def decodes(context: Context, codec: Codec, sft: SftSettings, problems: Sequence
 
 def spurious_undos(problem: Problem, ids: Sequence[int], codec: Codec) -> int:
     """Undo tokens that deleted something while nothing wrong stood there."""
-    count = 0
-    for index, token in enumerate(ids):
-        if token == codec.rule.undo_id:
-            state = apply_undo(ids[:index], codec.rule).surviving
-            count += bool(state) and not judge_of(problem).state_is_wrong(problem, codec.decode(state).text)
-    return count
+    runs = undo_runs(problem, ids, codec.rule, lambda state: codec.decode(state).text)
+    return sum(run.unnecessary for run in runs)

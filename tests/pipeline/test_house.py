@@ -16,6 +16,7 @@ FLOORS = {
             "backtrack",
             "config",
             "task_config",
+            "reward_config",
             "arguments",
             "settings_file",
             "tasks",
