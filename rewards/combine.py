@@ -109,7 +109,7 @@ class Rewards:
         """
         _check(rollouts, groups, progress)
         components = {name: _values(name, component, rollouts, progress) for name, component in self._components.items()}
-        members = _members(groups)
+        members = members_of(groups)
         weights = self.weights(progress)
         terms = components if self.settings.combine == "sum" else {n: normalised(v, members) for n, v in components.items()}
         rewards = tuple(sum(weights[name] * terms[name][row] for name in terms) for row in range(len(rollouts)))
@@ -138,7 +138,7 @@ def _is_flat(group: Sequence[float]) -> bool:
     return max(group) - min(group) <= FLAT
 
 
-def _members(groups: Sequence[int]) -> list[list[int]]:
+def members_of(groups: Sequence[int]) -> list[list[int]]:
     """The rows of each group."""
     members: dict[int, list[int]] = {}
     for row, group in enumerate(groups):
