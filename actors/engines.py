@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.decode import HfDecoder
 from actors.live import Live
@@ -93,6 +93,13 @@ def engine_kind(asked: Literal["auto", "vllm", "hf"]) -> Literal["vllm", "hf"]:
     if asked == "auto":
         return "vllm" if installed else "hf"
     return asked
+
+
+def parameters(folder: Path) -> int:
+    """How many parameters the model of a folder has, without loading it."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return int(model.num_parameters())
 
 
 def make_engine(folder: Path, settings: EngineSettings, context: int, seed: int) -> Engine:

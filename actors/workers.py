@@ -7,21 +7,27 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
 from actors.checks import HeldOut
 from actors.cluster import ClusterError, actor_options, ray_session
+from actors.engines import engine_kind
+from actors.grpo import GrpoActor, Report
 from actors.learner import Curve, DevCheck, LearnerActor
 from actors.learner_group import LearnerGroupActor
 from actors.memory import how_to_save, how_to_save_decoding, killed
 from actors.packing import TrainingSet
+from actors.policy import Policy, Sampled
 from actors.probe import ProbeRow
 from actors.rollout import RolloutPool
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import Settings, TrainSettings
+from pipeline.grpo_config import GrpoSettings
+
+EngineKind = Literal["vllm", "hf"]
 
 _POLL_SECONDS = 1.0
 _DECODE_ROWS = 512  # handed over at a time: enough to keep the decoder's slots full, and progress shows
@@ -51,13 +57,23 @@ class Workers:
             self._ray = stack
             self._say(f"Ray is up: {ray.cluster_resources().get('CPU', 0):g} CPUs" + (f", dashboard http://{url}" if url else ""))
 
-    def pool(self, folder: Path, version: str, context: int) -> RolloutPool:
-        """The rollout pool with the weights of `folder` in every engine."""
+    def pool(self, folder: Path, version: str, context: int, kind: EngineKind | None = None) -> RolloutPool:
+        """The rollout pool with the weights of `folder` in every engine.
+
+        Args:
+            kind: of the engines; None is that of the settings. Where another kind runs, it makes room.
+        """
         self.start()
+        kind = engine_kind(kind or self._settings.engine.kind)
+        if self._pool is not None and self._pool.kind != kind:
+            self._pool.close()
+            self._pool = None
         if self._pool is None:
-            self._pool = RolloutPool(self._settings, folder.resolve(), version, context, self._log_dir, self._say)
-            word = " (vLLM is not installed)" if self._pool.kind == "hf" and self._settings.engine.kind == "auto" else ""
-            self._say(f"engine: {self._pool.kind}{word}")
+            settings = self._settings
+            settings = settings.model_copy(update={"engine": settings.engine.model_copy(update={"kind": kind})})
+            self._pool = RolloutPool(settings, folder.resolve(), version, context, self._log_dir, self._say)
+            missing = kind == "hf" and self._settings.engine.kind == "auto" and engine_kind("auto") == "hf"
+            self._say(f"engine: {self._pool.kind}" + (" (vLLM is not installed)" if missing else ""))
         self._pool.use(folder.resolve(), version)
         return self._pool
 
@@ -89,6 +105,15 @@ class Workers:
                 on_progress(self._get(answer, how))
         curve: Curve = self._get(result, how)
         return curve
+
+    def grpo(self, folder: Path, settings: GrpoSettings, policy: Policy, seed: int) -> GrpoLearner:
+        """A GRPO learner that starts from the model of `folder`, in the place of the learner; its user closes it."""
+        self.start()
+        self._stop_learner()
+        cluster = self._settings.cluster
+        options = actor_options(cluster.learner, "grpo", 1)
+        actor = GrpoActor.options(**options).remote(str(folder.resolve()), settings, policy, seed, str(self._log_dir / "grpo.log"))
+        return GrpoLearner(actor, cluster.start_timeout, self._settings.engine.dtype)
 
     def probe(self, folder: Path, rows: Sequence[ProbeRow]) -> list[tuple[float, ...]]:
         """Log-probabilities of the asked tokens under the model of `folder`, see actors/probe.py."""
@@ -159,6 +184,53 @@ class Workers:
             self._learner = self._group = None  # whoever asks again gets new ones
             how = how or how_to_save_decoding(self._settings.engine.max_num_seqs)
             raise ClusterError(f"the learner died: {killed(error, how) or ' '.join(str(error).split())[:400]}") from error
+
+
+class GrpoLearner:
+    """The driver's side of a GrpoActor. All calls but `learn` wait for `timeout` seconds at most."""
+
+    def __init__(self, actor: Any, timeout: float, dtype: str) -> None:
+        self._actor, self._timeout, self._dtype = actor, timeout, dtype
+
+    def learn(self, groups: Sequence[Sequence[int]], rollouts: Sequence[Sampled]) -> Report:
+        report: Report = self._get(self._actor.learn.remote(groups, rollouts), "learn", None)
+        return report
+
+    def publish(self, pool: RolloutPool, version: str) -> None:
+        """Put its weights into every engine of the pool.
+
+        Raises:
+            ClusterError: either side was too slow or died, or an engine does not generate with them.
+        """
+        weights = self._actor.weights.remote(self._dtype)
+        if not ray.wait([weights], timeout=self._timeout, fetch_local=False)[0]:
+            raise ClusterError(
+                f"the GRPO learner did not hand over weights {version} to the rollout actors within {self._timeout} s"
+            )
+        pool.publish(weights, version)
+
+    def save(self, folder: Path) -> None:
+        self._get(self._actor.save.remote(str(folder.resolve())), "save", self._timeout)
+
+    def checkpoint(self, folder: Path) -> None:
+        self._get(self._actor.checkpoint.remote(str(folder.resolve())), "write a checkpoint", self._timeout)
+
+    def restore(self, folder: Path) -> None:
+        self._get(self._actor.restore.remote(str(folder.resolve())), "read a checkpoint", self._timeout)
+
+    def close(self) -> None:
+        ray.kill(self._actor)
+
+    def _get(self, ref: Any, what: str, timeout: float | None) -> Any:
+        try:
+            return ray.get(ref, timeout=timeout)
+        except GetTimeoutError:
+            raise ClusterError(f"the GRPO learner did not {what} within cluster.start_timeout={timeout} s") from None
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from error
+        except (RayActorError, OutOfMemoryError) as error:
+            how = "lower grpo.rows or grpo.row_tokens"
+            raise ClusterError(f"the GRPO learner died: {killed(error, how) or ' '.join(str(error).split())[:400]}") from error
 
 
 def curve_json(curve: Curve) -> dict[str, Any]:

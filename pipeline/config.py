@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.backtrack.curriculum import parse_schedule
+from pipeline.grpo_config import GrpoSettings, LoraSettings
 from pipeline.task_config import CountdownTask, Gsm8kTask, Section, SyntheticTask
 
 
@@ -208,11 +209,6 @@ class RoleWeights(Section):
     correction: float = Field(1.0, ge=0, le=100, description="The right way after the undo, and clean rows.")
 
 
-class LoraSettings(Section):
-    rank: int = Field(16, ge=1, le=1024, description="Rank of the adapters, on all linear layers.")
-    alpha: float = Field(32.0, gt=0, le=4096, description="Scale of the adapters, divided by the rank.")
-
-
 class CheckSettings(Section):
     """Checks while training, see actors/checks.py."""
 
@@ -395,6 +391,7 @@ class Settings(Section):
     judge: JudgeSettings = Field(JudgeSettings(), description="Right or wrong, and where it went wrong.")
     traces: TraceSettings = Field(TraceSettings(), description="Backtrack traces from judged rollouts.")
     sft: SftSettings = Field(SftSettings(), description="Masked fine-tuning.")
+    grpo: GrpoSettings = Field(GrpoSettings(), description="Reinforcement learning of when to undo.")
     decode: DecodeSettings = Field(DecodeSettings(), description="Decoding that rewinds.")
     evaluate: EvaluateSettings = Field(EvaluateSettings(), description="Measuring.")
     experiment: ExperimentSettings = Field(ExperimentSettings(), description="Ways to fine-tune, compared.")
@@ -422,6 +419,22 @@ class Settings(Section):
         sharded = "fsdp" if self.sft.fsdp is not None else "deepspeed" if self.sft.deepspeed is not None else None
         if sharded and workers < 2:
             raise ValueError(f"sft.{sharded} needs cluster.learner_workers of 2 or more, is {workers}")
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_can_be_learned(self) -> Self:
+        grpo, longest = self.grpo, self.engine.max_prompt + self.grpo.max_tokens
+        if grpo.steps == 0:
+            return self
+        if longest > grpo.row_tokens:
+            raise ValueError(f"grpo.row_tokens must hold engine.max_prompt + grpo.max_tokens = {longest}, is {grpo.row_tokens}")
+        if grpo.undo == "epsilon" and self.decode.threshold is None:
+            raise ValueError("grpo.undo: epsilon needs decode.threshold, is null")
+        deferred = self.undo.unit == "token" and self.decode.rewinding == "deferred"
+        if grpo.undo == "epsilon" and deferred:
+            raise ValueError("grpo.undo: epsilon needs undo.unit step or all, or decode.rewinding: immediate")
+        if grpo.control and not self.sft.control:
+            raise ValueError("grpo.control starts from the clean control: set sft.control")
         return self
 
     @model_validator(mode="after")

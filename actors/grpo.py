@@ -1,0 +1,249 @@
+"""The GRPO learner: policy gradients on the actions of rollouts with undos, one tree a group, inside one Ray actor.
+
+The loss is TRL's (GRPOTrainer._compute_loss), which a test compares it with; docs/grpo.md says why the loop is not. It knows
+rollouts and advantages, not where they come from.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actors.decode import HfDecoder
+from actors.memory import out_of_memory
+from actors.policy import Policy, Rows, Sampled, batches, score
+from actors.segments import attends_by_segment
+from actors.trainable import prepare, save
+from actors.weights import Weights
+from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
+from pipeline.grpo_config import GrpoSettings
+from pipeline.telemetry import redirect_process_output
+
+Report = dict[str, float]
+_STATE = "learner.pt"
+
+
+class LearningError(RuntimeError):
+    """Learning cannot go on; one line."""
+
+
+class Grpo:
+    """A model, its optimiser, and its reference."""
+
+    def __init__(self, folder: Path, settings: GrpoSettings, policy: Policy, seed: int) -> None:
+        self.settings, self.policy, self.step = settings, policy, 0
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.manual_seed(seed)  # adapters begin at random
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self._by_segment = attends_by_segment(plain)
+        lora = settings.lora
+        self.model: Any = prepare(plain, policy.rule.undo_id, settings.trainable, lora.rank, lora.alpha)
+        self.model.to(self._device).train()
+        self._reference: Any = None
+        if settings.beta and settings.trainable == "all":  # adapters are switched off instead
+            self._reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            self._reference.to(self._device).eval()
+            attends_by_segment(self._reference)
+        self._trained = [part for part in self.model.parameters() if part.requires_grad]
+        self._optimiser = torch.optim.AdamW(self._trained, settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
+        self._warmup = torch.optim.lr_scheduler.LambdaLR(self._optimiser, lambda step: min(1.0, (step + 1) / (settings.warmup + 1)))
+
+    def learn(self, groups: Sequence[Sequence[int]], rollouts: Sequence[Sampled]) -> Report:
+        """One step, of `settings.updates` optimiser steps, on groups of rollouts given by their numbers.
+
+        Raises:
+            LearningError: a loss that is no number, or no memory left.
+        """
+        try:
+            return self._learn(groups, rollouts)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise LearningError(f"out of memory at step {self.step + 1}: lower grpo.rows or grpo.row_tokens") from error
+
+    def _learn(self, groups: Sequence[Sequence[int]], rollouts: Sequence[Sampled]) -> Report:
+        begun = time.monotonic()
+        weights = loss_weights(rollouts, self.settings)
+        pad_id = self.tokenizer.pad_token_id or 0
+        size = (self.settings.row_tokens, self.settings.rows)
+        found = batches(groups, rollouts, weights, self.policy, *size, pad_id, self._by_segment)
+        parts = [part.to(self._device) for part in found]
+        several = self.settings.updates > 1 or self.settings.importance == "sequence"
+        olds: list[Tensor | None] = [self._logprobs(self.model, part) if several else None for part in parts]
+        references = [self._reference_logprobs(part) for part in parts]
+        undone = torch.tensor([self.policy.rule.undo_id in one.walk.ids for one in rollouts], device=self._device)
+        kept = self._kept(parts, olds, len(rollouts)) if self.settings.importance == "sequence" else None
+        sums = Sums()
+        norms = []
+        for _ in range(self.settings.updates):
+            self._optimiser.zero_grad()
+            for part, old, reference in zip(parts, olds, references, strict=True):
+                logprobs, entropy = score(self.model, part, self.policy)
+                loss = self._loss(part, logprobs, old, reference, kept, sums, undone)
+                if not loss.isfinite():
+                    raise LearningError(f"the loss is {loss.item()} at step {self.step + 1}: lower grpo.lr")
+                loss.backward()  # type: ignore[no-untyped-call]
+                sums.add("loss", loss.detach())
+                sums.mean("entropy", entropy)
+            norms.append(float(torch.nn.utils.clip_grad_norm_(self._trained, self.settings.max_grad_norm)))
+            self._optimiser.step()
+            self._warmup.step()
+        self.step += 1
+        tokens = sum(len(one.walk.ids) for one in rollouts)
+        nodes = sum(int(part.inputs["input_ids"].numel()) for part in parts)
+        return sums.report(self.settings.updates) | {
+            "grad_norm": sum(norms) / len(norms),
+            "lr": self._optimiser.param_groups[0]["lr"],
+            "learn_seconds": time.monotonic() - begun,
+            "row_tokens": nodes,
+            "tokens": tokens,
+        }
+
+    def _loss(
+        self, rows: Rows, logprobs: Tensor, old: Tensor | None, reference: Tensor | None, kept: Tensor | None, sums: Sums,
+        undone: Tensor,
+    ) -> Tensor:  # fmt: skip
+        settings = self.settings
+        old = logprobs.detach() if old is None else old
+        ratio = (logprobs - old).exp()
+        clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+        losses = -torch.minimum(ratio * rows.advantage, clipped * rows.advantage)
+        gap = (old - rows.behaviour).nan_to_num(0.0)  # the end of a run has no log-probability of its own
+        if settings.importance == "token":
+            correction = gap.exp().clamp(max=settings.importance_cap)
+            losses = losses * correction
+            sums.mean("importance", correction)
+        elif kept is not None:
+            losses = losses * kept[rows.rollout]
+        if reference is not None:
+            away = reference - logprobs
+            kl = away.exp() - away - 1  # the k3 estimator of Schulman 2020
+            losses = losses + settings.beta * kl
+            sums.mean("kl", kl.detach())
+        with torch.no_grad():
+            moved = torch.where(rows.advantage > 0, ratio > 1 + settings.clip_high, ratio < 1 - settings.clip_low)
+            sums.mean("clipped", (moved & (rows.advantage != 0)).float())
+            of_undone = undone[rows.rollout]
+            sums.mean("mismatch_undo", gap[of_undone].abs())
+            sums.mean("mismatch_plain", gap[~of_undone].abs())
+        return (losses * rows.weight).sum()
+
+    def _kept(self, parts: Sequence[Rows], olds: Sequence[Tensor | None], rollouts: int) -> Tensor:
+        """[rollouts] 0 for those that this policy makes much likelier, or less likely, than the one that emitted them."""
+        total = torch.zeros(rollouts, device=self._device)
+        for rows, old in zip(parts, olds, strict=True):
+            assert old is not None
+            total.index_add_(0, rows.rollout, (old - rows.behaviour).nan_to_num(0.0))
+        return (total.abs() <= math.log(self.settings.importance_cap)).float()
+
+    @torch.no_grad()
+    def _logprobs(self, model: Any, rows: Rows) -> Tensor:
+        return score(model, rows, self.policy)[0]
+
+    def _reference_logprobs(self, rows: Rows) -> Tensor | None:
+        if not self.settings.beta:
+            return None
+        without = nullcontext() if self._reference is not None else self.model.disable_adapter()
+        with without:
+            return self._logprobs(self._reference if self._reference is not None else self.model, rows)
+
+    def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding, max_num_seqs: int, row_tokens: int) -> list[Decoded]:
+        """By the model as it is now."""
+        training = self.model.training
+        self.model.eval()
+        found = HfDecoder(self.model, max_num_seqs, row_tokens).decode(requests, decoding)
+        self.model.train(training)
+        return found
+
+    def weights(self, dtype: str) -> Weights:
+        """For engines: adapters merged."""
+        if self.settings.trainable == "all":
+            return Weights.of(self.model, dtype)
+        self.model.merge_adapter()
+        try:
+            return Weights.of(self.model.base_model.model, dtype)
+        finally:
+            self.model.unmerge_adapter()
+
+    def save(self, folder: Path) -> None:
+        """An ordinary Hugging Face folder."""
+        save(self.model.eval(), self.tokenizer, folder, self.settings.trainable)
+        self.model.train()
+
+    def checkpoint(self, folder: Path) -> None:
+        trained = {name: part for name, part in self.model.named_parameters() if part.requires_grad}
+        state = {"trained": trained, "optimiser": self._optimiser.state_dict(), "warmup": self._warmup.state_dict()}
+        torch.save({**state, "step": self.step, "random": torch.get_rng_state()}, folder / _STATE)
+
+    def restore(self, folder: Path) -> None:
+        state = torch.load(folder / _STATE, map_location=self._device, weights_only=True)
+        self.model.load_state_dict(state["trained"], strict=False)  # tied weights have two names
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._warmup.load_state_dict(state["warmup"])
+        self.step = state["step"]
+        torch.set_rng_state(state["random"].cpu())
+
+
+def loss_weights(rollouts: Sequence[Sampled], settings: GrpoSettings) -> list[float]:
+    """[rollouts] What one action of each counts, so that the weighted sum is the mean that the loss is named for."""
+    lengths = [len(one.walk.ids) if one.counts else 0 for one in rollouts]
+    if settings.loss == "grpo":
+        return [1 / (len(rollouts) * length) if length else 0.0 for length in lengths]
+    total = sum(lengths) if settings.loss == "dapo" else len(rollouts) * settings.max_tokens
+    return [1 / total if length else 0.0 for length in lengths]
+
+
+class Sums:
+    """Means over the actions of all parts of a step."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        self._totals[name] = self._totals.get(name, 0.0) + float(value)
+
+    def mean(self, name: str, values: Tensor) -> None:
+        self.add(name, values.sum())
+        self._counts[name] = self._counts.get(name, 0) + values.numel()
+
+    def report(self, updates: int) -> Report:
+        """Sums by update, means by value; a mean of nothing is left out."""
+        counts = {name: self._counts.get(name, updates) for name in self._totals}
+        return {name: total / counts[name] for name, total in self._totals.items() if counts[name]}
+
+
+class _GrpoLearner:
+    """Grpo behind Ray."""
+
+    def __init__(self, folder: str, settings: GrpoSettings, policy: Policy, seed: int, log_file: str) -> None:
+        redirect_process_output(Path(log_file))
+        self._grpo = Grpo(Path(folder), settings, policy, seed)
+
+    def learn(self, groups: Sequence[Sequence[int]], rollouts: Sequence[Sampled]) -> Report:
+        return self._grpo.learn(groups, rollouts)
+
+    def weights(self, dtype: str) -> Weights:
+        return self._grpo.weights(dtype)
+
+    def save(self, folder: str) -> None:
+        self._grpo.save(Path(folder))
+
+    def checkpoint(self, folder: str) -> None:
+        self._grpo.checkpoint(Path(folder))
+
+    def restore(self, folder: str) -> None:
+        self._grpo.restore(Path(folder))
+
+
+GrpoActor: Any = ray.remote(_GrpoLearner)

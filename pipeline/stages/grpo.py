@@ -1,0 +1,366 @@
+"""Stage `grpo`: reinforcement learning of when to undo, from the fine-tuned model, with its own rollouts (docs/grpo.md).
+
+Each step: groups of rollouts of some training problems, judged and rewarded; an advantage for each emitted id; a step of the
+learner; its weights into the engines. Everything that a step needs comes from its number and the seed, so that a killed run goes on
+from its last checkpoint as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from actors.engines import parameters
+from actors.policy import Policy, Sampled
+from actors.rollout import RolloutPool
+from actors.workers import EngineKind, GrpoLearner
+from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding, Mode
+from pipeline.backtrack.tree import Walk
+from pipeline.stages.io import Codec, decoding_of, read_problems, write_json
+from pipeline.stages.probes import spread
+from pipeline.stages.rollouts import context_length, row_seed, within_context
+from pipeline.stages.sft import CONTROL
+from pipeline.stages.stage import Context, StageError
+from pipeline.tasks.problem import Problem
+from rewards.combine import FLAT, Rewards, Scored
+from rewards.credit import Episode, advantages
+from rewards.credit import spread as deviation
+from rewards.rollout import JudgedRollout, judged
+from verifiers.tasks import judge_of
+
+HISTORY = "history.json"
+"""What each step and check has measured; beside the model."""
+_SMALL = 20_000_000  # parameters below which transformers generates faster than vLLM on CPUs
+_STATE = "state.json"
+
+Record = dict[str, Any]
+
+
+def run(context: Context) -> None:
+    settings = context.settings
+    history = _train(context, "grpo", context.inputs["sft"], context.out, "rewind")
+    if settings.grpo.control:
+        _train(context, "grpo/control", context.inputs["sft"] / CONTROL, context.out / CONTROL, "forbidden")
+    steps = [record for record in history if "reward" in record]
+    context.counts.update(rows=sum(record["rollouts"] for record in steps), steps=len(steps))
+    context.counts["tokens"] = sum(record["tokens"] for record in steps)
+
+
+def _train(context: Context, name: str, source: Path, target: Path, mode: Mode) -> list[Record]:
+    """Train the model of `source` and save it as `target`; every record of the way."""
+    asked, seed = context.settings.grpo, context.settings.run.seed
+    codec = Codec(source, context.settings.undo, context.settings.base.prompt)
+    policy = Policy(codec.rule, context.settings.decode.rewinding, _bias(context, mode), codec.vocabulary)
+    learner = context.workers.grpo(source, asked, policy, seed)
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        loop = _Loop(context, name, source, codec, mode, learner)
+        loop.run()
+        learner.save(target)
+    finally:
+        learner.close()
+    write_json(loop.history, target / HISTORY)
+    return loop.history
+
+
+def _bias(context: Context, mode: Mode) -> float:
+    asked = context.settings.grpo
+    return asked.undo_bias if mode == "rewind" and asked.undo == "sampled" else 0.0
+
+
+def policy_decoding(context: Context, codec: Codec, mode: Mode) -> Decoding:
+    """How rollouts are drawn: from the very distribution that is trained, so at temperature 1 without a nucleus."""
+    asked, how = context.settings.grpo, context.settings.decode
+    more: dict[str, Any] = {"threshold": None, "undo_bias": _bias(context, mode)}
+    if mode == "rewind" and asked.undo == "epsilon":
+        more = {"undo_epsilon": asked.undo_epsilon}
+    return decoding_of(codec, how, mode, 1.0, 1.0, asked.max_tokens, **more)
+
+
+@dataclass
+class Batch:
+    """Rollouts of one step, `group` of them for each problem one after the other."""
+
+    problems: list[str]
+    decoded: list[Decoded]
+    seconds: float
+
+    def to_json(self) -> Any:
+        rows = [asdict(one) | {"banned": [sorted(ids) for ids in one.banned], "closed": sorted(one.closed)} for one in self.decoded]
+        return {"problems": self.problems, "decoded": rows, "seconds": self.seconds}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Batch:
+        rows = [
+            Decoded(**row | {
+                "ids": tuple(row["ids"]), "surviving": tuple(row["surviving"]), "logprobs": tuple(row["logprobs"]),
+                "banned": tuple(frozenset(ids) for ids in row["banned"]), "closed": frozenset(row["closed"]),
+            })
+            for row in value["decoded"]
+        ]  # fmt: skip
+        return cls(value["problems"], rows, value["seconds"])
+
+
+class _Loop:
+    def __init__(self, context: Context, name: str, source: Path, codec: Codec, mode: Mode, learner: GrpoLearner) -> None:
+        self._context, self._name, self._codec, self._mode, self._learner = context, name, codec, mode, learner
+        self._asked, self._seed = context.settings.grpo, context.settings.run.seed
+        problems = read_problems(context.inputs["problems"])
+        train, dev = [one for one in problems if one.split == "train"], spread(problems, "dev", self._asked.check_problems)
+        self._problems = {one.id: one for one in self._that_fit(train)}
+        self._dev = self._that_fit(dev)
+        self._decoding = policy_decoding(context, codec, mode)
+        self._rewards = Rewards(self._asked.reward)
+        self._pool = self._start_pool(source)
+        self._kept = context.resume / name.replace("/", "-")
+        self._drawn = 0  # problems so far
+        self._empty = 0  # steps in a row without any spread
+        self._step = 0
+        self._waiting: list[Batch] = []  # rollouts that are older than the model, as `staleness` allows
+        self.history: list[Record] = []
+
+    def run(self) -> None:
+        self._restore()
+        if not self.history:
+            self.history.append(self._check())
+        with self._context.terminal.stage(self._name, self._asked.steps, "steps") as progress, ThreadPoolExecutor(1) as beside:
+            progress.update(self._step)
+            while self._step < self._asked.steps:
+                while len(self._waiting) < max(1, self._asked.staleness):
+                    self._waiting.append(self._roll())
+                ahead = beside.submit(self._roll) if self._asked.staleness else None
+                record = self._learn(self._waiting.pop(0))
+                if ahead:
+                    self._waiting.append(ahead.result())
+                self._step += 1
+                self.history.append(record)
+                self._learner.publish(self._pool, f"{self._name}@{self._step}")
+                if self._step % self._asked.check_every == 0 or self._step == self._asked.steps:
+                    self._measure()
+                if self._step % self._asked.checkpoint_every == 0 and self._step < self._asked.steps:
+                    self._save()
+                accuracy, undone = record["accuracy"], record["undo_rate"]
+                progress.update(self._step, f"reward {record['reward']:.3f}, right {accuracy:.2f}, with undo {undone:.2f}")
+
+    def _that_fit(self, problems: Sequence[Problem]) -> list[Problem]:
+        fits, _ = within_context(self._context, problems, [self._codec.prompt_ids(problem) for problem in problems])
+        return [problems[i] for i in fits]
+
+    def _start_pool(self, source: Path) -> RolloutPool:
+        kind: EngineKind | None = None if self._asked.engine == "auto" else self._asked.engine
+        if kind is None and self._context.settings.engine.kind == "auto" and parameters(source) < _SMALL:
+            kind = "hf"
+        context = self._context
+        return context.workers.pool(source, f"{context.digests['sft']}/{self._name}", context_length(context), kind)
+
+    # Rollouts
+
+    def _next_problems(self, count: int) -> list[Problem]:
+        """The next training problems, all of them once in an order of chance, then again in another one."""
+        found = []
+        for number in range(self._drawn, self._drawn + count):
+            epoch, at = divmod(number, len(self._problems))
+            order = list(self._problems)
+            random.Random(f"{self._seed}/grpo/{epoch}").shuffle(order)
+            found.append(self._problems[order[at]])
+        self._drawn += count
+        return found
+
+    def _roll(self, count: int | None = None) -> Batch:
+        """Rollouts of the next problems, as many as a step has unless told otherwise."""
+        begun, group = time.monotonic(), self._asked.group
+        first = self._drawn
+        problems = self._next_problems(count or self._asked.problems)
+        requests = [
+            DecodeRequest(self._codec.prompt_ids(problem), row_seed(self._seed, f"grpo/{first + number}/{sample}"))
+            for number, problem in enumerate(problems)
+            for sample in range(group)
+        ]
+        decoded, _ = self._pool.decode(requests, self._decoding, self._context.settings.rollouts.batch)
+        return Batch([problem.id for problem in problems], decoded, time.monotonic() - begun)
+
+    # Learning
+
+    def _learn(self, batch: Batch) -> Record:
+        begun = time.monotonic()
+        progress = self._step / self._asked.steps
+        rollouts, scored = self._reward(batch, progress)
+        for _ in range(self._asked.refill):
+            flat = self._flat(scored, len(batch.problems))
+            if not flat:
+                break
+            batch = self._refilled(batch, flat)
+            rollouts, scored = self._reward(batch, progress)
+        judge_seconds = time.monotonic() - begun
+        size = self._asked.group
+        flat = self._flat(scored, len(batch.problems))
+        record = self._figures(batch, rollouts, scored) | {"groups_dropped": len(flat), "judge_seconds": judge_seconds}
+        groups = [range(at * size, at * size + size) for at in range(len(batch.problems))]
+        if not self._asked.beta:  # nothing but the distance from the reference could be learned from them
+            groups = [group for at, group in enumerate(groups) if at not in flat]
+        if not groups:
+            self._nothing_to_learn()
+            return record
+        self._empty = 0
+        sampled, numbers = self._sampled(batch, rollouts, scored, groups)
+        return record | self._learner.learn(numbers, sampled)
+
+    def _reward(self, batch: Batch, progress: float) -> tuple[list[JudgedRollout], Scored]:
+        size, most = self._asked.group, self._asked.reward.backtrack.max_undos
+
+        def text(ids: Sequence[int]) -> str:
+            return self._codec.decode(ids).text
+
+        rollouts = [
+            judged(self._problems[batch.problems[row // size]], one.ids, one.finish, self._codec.rule, text, most)
+            for row, one in enumerate(batch.decoded)
+        ]
+        groups = [row // size for row in range(len(rollouts))]
+        return rollouts, self._rewards.score(rollouts, groups, progress)
+
+    def _flat(self, scored: Scored, groups: int) -> list[int]:
+        """Groups whose rollouts have all earned the same."""
+        size = self._asked.group
+        some = [scored.rewards[at * size : at * size + size] for at in range(groups)]
+        return [at for at, rewards in enumerate(some) if max(rewards) - min(rewards) <= FLAT]
+
+    def _refilled(self, batch: Batch, flat: Sequence[int]) -> Batch:
+        """The batch with other problems in the place of groups that teach nothing."""
+        size, fresh = self._asked.group, self._roll(len(flat))
+        problems, decoded = list(batch.problems), list(batch.decoded)
+        for place, at in enumerate(flat):
+            problems[at] = fresh.problems[place]
+            decoded[at * size : at * size + size] = fresh.decoded[place * size : place * size + size]
+        return Batch(problems, decoded, batch.seconds + fresh.seconds)
+
+    def _nothing_to_learn(self) -> None:
+        self._empty += 1
+        self._context.terminal.warn(
+            f"{self._name}: step {self._step + 1} is skipped: in every group all rollouts have earned the same"
+        )
+        if self._empty >= self._asked.empty_steps:
+            raise StageError(
+                f"{self._name}: no group had any spread in {self._empty} steps in a row (grpo.empty_steps): the problems are too "
+                "easy or too hard, or the rewards do not tell rollouts apart"
+            )
+
+    def _sampled(
+        self, batch: Batch, rollouts: Sequence[JudgedRollout], scored: Scored, groups: Sequence[range]
+    ) -> tuple[list[Sampled], list[list[int]]]:
+        """What the learner gets: the rollouts of some groups, and their numbers in it."""
+        asked, scale = self._asked, None
+        if asked.scale != "group":
+            scale = deviation([scored.rewards[row] for group in groups for row in group]) + FLAT if asked.scale == "batch" else 1.0
+        found: list[Sampled] = []
+        numbers = []
+        for group in groups:
+            prompt = self._codec.prompt_ids(self._problems[batch.problems[group.start // asked.group]])
+            episodes = []
+            for row in group:
+                one = batch.decoded[row]
+                walk = Walk(prompt, one.ids, one.logprobs, one.banned, closed=one.closed)
+                episodes.append(Episode(walk, scored.rewards[row], rollouts[row].undo_runs))
+            earned = advantages(episodes, self._codec.rule, asked.credit, scale, asked.undo_credit, self._decoding.rewinding)
+            numbers.append(list(range(len(found), len(found) + len(group))))
+            for row, episode, values in zip(group, episodes, earned, strict=True):
+                counts = not (asked.mask_overlong and batch.decoded[row].finish == "length")
+                found.append(Sampled(episode.walk, values, counts))
+        return found, numbers
+
+    # Measuring
+
+    def _figures(self, batch: Batch, rollouts: Sequence[JudgedRollout], scored: Scored) -> Record:
+        undone = [one.undos > 0 for one in rollouts]
+        components = {name: asdict(some) for name, some in scored.statistics.items()}
+        return {
+            "step": self._step + 1,
+            "reward": fmean(scored.rewards),
+            "components": components,
+            "weights": scored.weights,
+            "accuracy": fmean(one.correct for one in rollouts),
+            "undo_rate": fmean(undone),
+            "undos": fmean(one.undos for one in rollouts),
+            "spurious_rate": fmean(one.unnecessary > 0 for one in rollouts),
+            "length": fmean(len(one.ids) for one in batch.decoded),
+            "cut": fmean(one.finish == "length" for one in batch.decoded),
+            "rollouts": len(rollouts),
+            "tokens": sum(len(one.ids) for one in batch.decoded),
+            "roll_seconds": batch.seconds,
+        }
+
+    def _measure(self) -> None:
+        record = self._check()
+        self.history.append(record)
+        first = next(one for one in self.history if "first_try_accuracy" in one)
+        before, now, n = first["first_try_accuracy"], record["first_try_accuracy"], record["n"]
+        # Two standard errors of a difference between two shares of n.
+        slack = 2 * (2 * max(before * (1 - before), 0.01) / n) ** 0.5
+        if now < before - slack:
+            self._context.terminal.warn(
+                f"{self._name}: step {self._step}: first tries are right in {now:.3f} of the {n} dev problems, at the start in "
+                f"{before:.3f}: the model may be planting errors"
+            )
+
+    def _check(self) -> Record:
+        """Dev problems, greedy, as evaluation decodes them: with undo, and with undo forbidden."""
+        settings = self._context.settings
+        requests = [DecodeRequest(self._codec.prompt_ids(one), row_seed(self._seed, f"evaluate/{one.id}")) for one in self._dev]
+        found: Record = {"step": self._step, "n": len(self._dev)}
+        modes: tuple[Mode, ...] = ("rewind", "forbidden") if self._mode == "rewind" else ("forbidden",)
+        for mode in modes:
+            decoding = decoding_of(self._codec, settings.decode, mode, 0.0, 1.0, self._asked.max_tokens)
+            decoded, _ = self._pool.decode(requests, decoding, settings.rollouts.batch)
+            right = [
+                judge_of(problem).correct(problem, self._codec.decode(one.surviving).text)
+                for problem, one in zip(self._dev, decoded, strict=True)
+            ]
+            if mode == "forbidden":
+                found["first_try_accuracy"] = fmean(right)
+            else:
+                found |= {"greedy_accuracy": fmean(right), "greedy_undo_rate": fmean(one.undos > 0 for one in decoded)}
+        return found
+
+    # Checkpoints
+
+    def _save(self) -> None:
+        """Complete or not there: the folder gets its name last."""
+        folder = self._kept / f"step-{self._step}"
+        part = folder.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        self._learner.checkpoint(part)
+        state = {
+            "step": self._step,
+            "drawn": self._drawn,
+            "empty": self._empty,
+            "history": self.history,
+            "waiting": [batch.to_json() for batch in self._waiting],
+        }
+        with (part / _STATE).open("w") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(folder)
+        for old in self._kept.glob("step-*"):
+            if old != folder:
+                shutil.rmtree(old)
+
+    def _restore(self) -> None:
+        found = [path for path in self._kept.glob("step-*") if path.suffix != ".part"]
+        if not found:
+            return
+        newest = max(found, key=lambda path: int(path.name.split("-")[1]))
+        state = json.loads((newest / _STATE).read_text())
+        self._learner.restore(newest)
+        self._step, self._drawn, self._empty, self.history = (state[key] for key in ("step", "drawn", "empty", "history"))
+        self._waiting = [Batch.from_json(value) for value in state["waiting"]]
+        self._learner.publish(self._pool, f"{self._name}@{self._step}")
