@@ -103,6 +103,9 @@ def _explain(problem: Any, path: Sequence[str]) -> str:
 def _fields_at(path: Sequence[str], problem: Any) -> list[str]:
     model: Any = Settings
     for part in path:
+        if typing.get_origin(model) is dict:  # of sections by a name of the user's
+            model = typing.get_args(model)[1]
+            continue
         model = model.model_fields[part].annotation
         if typing.get_origin(model) in (typing.Union, types.UnionType):
             members = _models_of(model)
@@ -136,6 +139,8 @@ def _describe(model: Any, given: Section | None, prefix: str, lines: list[str]) 
 
 
 def _models_of(annotation: Any) -> list[Any]:
-    """The sections that a field may hold; none for a plain setting."""
+    """The sections that a field may hold; none for a plain setting, or for sections by a name of the user's."""
+    if typing.get_origin(annotation) is dict:
+        return []
     parts = typing.get_args(annotation) or (annotation,)
     return [part for part in parts if isinstance(part, type) and issubclass(part, Section)]

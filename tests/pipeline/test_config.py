@@ -21,7 +21,7 @@ from pipeline.task_config import SyntheticTask
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
-SECTIONS = "run, task, undo, base, engine, cluster, rollouts, judge, traces, sft, decode, evaluate, experiment, report"
+SECTIONS = "run, task, undo, base, engine, cluster, rollouts, judge, traces, sft, grpo, decode, evaluate, experiment, report"
 
 
 def error_of(folder: Path, text: str, *overrides: str) -> str:
@@ -48,6 +48,18 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
         ("task: {name: countdown, steps: [2, 3]}", [], "task.steps (set in FILE): no such key; known here: name, train, dev"),
         ("task: {gsm8k: 1}", [], "task.gsm8k (set in FILE): no such key; known here: name, train, dev, test, ood, families"),
         ("1: 2", [], "1 (set in FILE): Keys should be strings"),
+        (
+            "grpo: {reward: {custom: {short: {functon: 'a:b'}}}}",
+            [],
+            "grpo.reward.custom.short.functon (set in FILE): no such key; known here: function, weight",
+        ),
+        # together
+        ("grpo: {steps: 5, row_tokens: 300}", [], "grpo.row_tokens must hold engine.max_prompt + grpo.max_tokens = 576, is 300"),
+        ("grpo: {steps: 5, undo: epsilon}\ndecode: {threshold: null}", [], "grpo.undo: epsilon needs decode.threshold, is null"),
+        ("grpo: {steps: 5, undo: epsilon}\nundo: {unit: token}", [], "grpo.undo: epsilon needs undo.unit step or all"),
+        ("grpo: {steps: 5, control: true}\nsft: {control: false}", [], "grpo.control starts from the clean control: set sft"),
+        ("grpo: {loss: dr_grpo}", [], "grpo (set in FILE): loss dr_grpo needs scale: none, is group"),
+        ("grpo: {refill: 1, staleness: 1}", [], "grpo (set in FILE): refill needs staleness 0, is 1"),
         # wrong types
         ("run: {seed: 1.5}", [], "run.seed (set in FILE): should be a valid integer, not 1.5"),
         ("run: {seed: '1'}", [], "run.seed (set in FILE): should be a valid integer, not '1'"),
