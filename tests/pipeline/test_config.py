@@ -49,15 +49,31 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
         ("task: {gsm8k: 1}", [], "task.gsm8k (set in FILE): no such key; known here: name, train, dev, test, ood, families"),
         ("1: 2", [], "1 (set in FILE): Keys should be strings"),
         (
-            "grpo: {reward: {custom: {short: {functon: 'a:b'}}}}",
+            "grpo: {reward: {custom: {short: {function: 'a:b', wight: 1}}}}",
             [],
-            "grpo.reward.custom.short.functon (set in FILE): no such key; known here: function, weight",
+            "grpo.reward.custom.short.wight (set in FILE): no such key; known here: function, weight",
         ),
         # together
-        ("grpo: {steps: 5, row_tokens: 300}", [], "grpo.row_tokens must hold engine.max_prompt + grpo.max_tokens = 576, is 300"),
-        ("grpo: {steps: 5, undo: epsilon}\ndecode: {threshold: null}", [], "grpo.undo: epsilon needs decode.threshold, is null"),
-        ("grpo: {steps: 5, undo: epsilon}\nundo: {unit: token}", [], "grpo.undo: epsilon needs undo.unit step or all"),
-        ("grpo: {steps: 5, control: true}\nsft: {control: false}", [], "grpo.control starts from the clean control: set sft"),
+        (
+            "grpo: {steps: 5, row_tokens: 300}",
+            [],
+            "settings of several sections (set in FILE): grpo.row_tokens must hold engine.max_prompt + grpo.max_tokens = 576",
+        ),
+        (
+            "grpo: {steps: 5, undo: epsilon}\ndecode: {threshold: null}",
+            [],
+            "settings of several sections (set in FILE): grpo.undo: epsilon needs decode.threshold, is null",
+        ),
+        (
+            "grpo: {steps: 5, undo: epsilon}\nundo: {unit: token}",
+            [],
+            "settings of several sections (set in FILE): grpo.undo: epsilon needs undo.unit step or all",
+        ),
+        (
+            "grpo: {steps: 5, control: true}\nsft: {control: false}",
+            [],
+            "settings of several sections (set in FILE): grpo.control starts from the clean control",
+        ),
         ("grpo: {loss: dr_grpo}", [], "grpo (set in FILE): loss dr_grpo needs scale: none, is group"),
         ("grpo: {refill: 1, staleness: 1}", [], "grpo (set in FILE): refill needs staleness 0, is 1"),
         # wrong types
