@@ -24,7 +24,7 @@ def model_card(settings: Settings, metrics: Mapping[str, Any], model: str) -> st
 
     Args:
         metrics: as the report stage gathers them.
-        model: name of the exported model among the metrics: `sft`, or `base` where no round was accepted.
+        model: name of the exported model among the metrics: `sft` or `grpo`, or `base` where no round was accepted.
     """
     return "\n".join(_lines(settings, metrics, model)) + "\n"
 
@@ -49,6 +49,12 @@ def _lines(settings: Settings, metrics: Mapping[str, Any], model: str) -> Iterat
             f"- Training: masked fine-tuning on traces of its own errors, form `{sft.form}`, mask `{sft.mask}`, "
             f"trainable `{sft.trainable}`, {sft.steps} steps of {sft.rows} x {sft.row_tokens} tokens; round {shown} of {of}, "
             f"seed {settings.run.seed}."
+        )
+    if model == "grpo":
+        grpo = settings.grpo
+        yield (
+            f"- Then reinforcement learning (GRPO, loss `{grpo.loss}`, credit `{grpo.credit}`): {grpo.steps} steps of "
+            f"{grpo.problems} problems x {grpo.group} rollouts."
         )
     for name, found in metrics["counts"]["training"].items():
         yield f"- Training run `{name}`: {found['step']} steps, {found['tokens']:,} tokens."

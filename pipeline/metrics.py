@@ -80,7 +80,7 @@ def summarise(rows: Sequence[Evaluated], probes: Sequence[Probed], round: int, t
                 first = figures([_first_try(row) for row in chosen[model, main]])
                 del first["cut_at_max_tokens"]  # how first tries ended is not kept
                 evaluations.append(place | {"mode": "forbidden"} | first)
-            comparisons += _compare(chosen, round, split, group, main)
+            comparisons += _compare(chosen, round, split, group, main, trained_model(rows))
     return {
         "evaluations": evaluations,
         "comparisons": comparisons,
@@ -89,12 +89,17 @@ def summarise(rows: Sequence[Evaluated], probes: Sequence[Probed], round: int, t
 
 
 def accepted(rows: Sequence[Evaluated], main: str) -> bool:
-    """Whether the fine-tuned model may start the next round: its dev accuracy in mode `main` is not below the start model's."""
+    """Whether the trained model may start the next round: its dev accuracy in mode `main` is not below the start model's."""
 
     def right(model: str) -> int:
         return sum(row.correct for row in rows if (row.model, row.mode, row.split) == (model, main, "dev"))
 
-    return right("sft") >= right("base")
+    return right(trained_model(rows)) >= right("base")
+
+
+def trained_model(rows: Sequence[Evaluated]) -> str:
+    """Name of the model that a round ends with."""
+    return "grpo" if any(row.model == "grpo" for row in rows) else "sft"
 
 
 def _groups(rows: Sequence[Any]) -> Iterator[tuple[str, Callable[[Any], bool]]]:
@@ -152,20 +157,22 @@ def figures(rows: Sequence[Evaluated]) -> dict[str, Any]:
     }
 
 
-def _compare(chosen: dict[tuple[str, str], list[Evaluated]], round: int, split: str, group: str, main: str) -> list[dict[str, Any]]:
-    """The fine-tuned model in the main mode against its first tries, its other modes, and what the others do at their best."""
-    if ("sft", main) not in chosen:
+def _compare(
+    chosen: dict[tuple[str, str], list[Evaluated]], round: int, split: str, group: str, main: str, trained: str
+) -> list[dict[str, Any]]:
+    """The trained model in the main mode against its first tries, its other modes, and what the others do at their best."""
+    if (trained, main) not in chosen:
         return []
-    own = chosen["sft", main]
-    told = [(place, some) for place, some in chosen.items() if place != ("sft", main) and some]
-    pairs = [(" ".join(place), some) for place, some in told if place[0] == "sft" or place[1] in (main, *BASELINES)]
+    own = chosen[trained, main]
+    told = [(place, some) for place, some in chosen.items() if place != (trained, main) and some]
+    pairs = [(" ".join(place), some) for place, some in told if place[0] == trained or place[1] in (main, *BASELINES)]
     answers = [(name, [row.correct for row in some]) for name, some in pairs]
-    answers.append(("sft forbidden", [row.first_correct for row in own]))
+    answers.append((f"{trained} forbidden", [row.first_correct for row in own]))
     found = []
     for name, before in answers:
         difference = paired(before, [row.correct for row in own])
         if difference:
-            place = {"round": round, "split": split, "group": group, "before": name, "after": f"sft {main}"}
+            place = {"round": round, "split": split, "group": group, "before": name, "after": f"{trained} {main}"}
             interval = {"ci95": [difference.low, difference.high]}
             counts = {key: value for key, value in asdict(difference).items() if key not in ("low", "high")}
             found.append(place | counts | interval)

@@ -41,7 +41,13 @@ MEASURES = (
 )
 """What an experiment measures, with the words for it."""
 KINDS = ("all", "forward", "hindsight")
-LABELS = {"base": "before", "clean_control": "clean control", "sft": "after"}
+LABELS = {
+    "base": "before",
+    "clean_control": "clean control",
+    "sft": "after",
+    "grpo_control": "control after GRPO",
+    "grpo": "after GRPO",
+}
 _PHRASES = {"base": "the model before", "clean_control": "the clean control"}
 # Colours of the figures, replaced by the page's own so that they follow light and dark.
 _INK, _RULE, _SERIES = "#010203", "#040506", ("#070809", "#0a0b0c", "#0d0e0f", "#101112")
@@ -236,10 +242,10 @@ def _is_told(comparison: Mapping[str, Any]) -> bool:
     return comparison["split"] == "test" and comparison["group"] in KINDS
 
 
-def phrase(name: str) -> str:
-    """What a sentence calls that which sft is compared with, a model and its mode."""
+def phrase(name: str, trained: str = "sft") -> str:
+    """What a sentence calls that which the trained model is compared with, a model and its mode."""
     model, _, mode = name.rpartition(" ")
-    if model != "sft":
+    if model != trained:
         means = {"guided": " guided by a signal", "vote": " by majority vote"}.get(mode, "")
         return _PHRASES.get(model, model.replace("_", " ")) + means
     return "its own first tries with undo forbidden" if mode == "forbidden" else f"itself in mode “{mode}”"
@@ -250,9 +256,10 @@ def in_words(comparison: Mapping[str, Any]) -> str:
     difference = comparison["difference"]
     gap = f"{abs(100 * difference):.1f} points {'above' if difference > 0 else 'below'}" if difference else "level with"
     low, high = comparison["ci95"]
+    trained = comparison["after"].split()[0]
     place = "all problems" if comparison["group"] == "all" else f"{comparison['group']} problems"
     sentence = (
-        f"sft is {gap} {phrase(comparison['before'])} on {place} ({comparison['split']}): "
+        f"{trained} is {gap} {phrase(comparison['before'], trained)} on {place} ({comparison['split']}): "
         f"95{NBSP}% interval {points(low)} to {points(high)}, McNemar p{NBSP}{p_value(comparison['mcnemar_p'])}, "
         f"{comparison['gained']} gained, {comparison['lost']} lost, n{NBSP}{count(comparison['n'])}"
     )

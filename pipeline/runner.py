@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import Settings
 from pipeline.settings_file import dump_settings
-from pipeline.stages.graph import MODEL, NAMES, steps
+from pipeline.stages.graph import MODEL, NAMES, steps, trained_stage
 from pipeline.stages.stage import Context, Input, Stage, StageError
 from pipeline.store import MANIFEST, Store, stage_key
 from pipeline.telemetry import StageLine, Terminal
@@ -241,7 +241,7 @@ class Pipeline:
                 return None
             metrics = self._store.path(round, "evaluate") / "metrics.json"
             if metrics.is_file() and json.loads(metrics.read_text())["accepted"]:
-                return round, "sft"
+                return round, trained_stage(self._settings)
         return 0, "base"
 
     def _damage(self, round: int, stage: str) -> str | None:

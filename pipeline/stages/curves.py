@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.report import MEASURES, Line, Plot
 
+_UNDO = (("undo", "undo"), ("spurious", "spurious undo"))
 _KINDS = ("hindsight", "forward")
 
 
@@ -46,6 +47,36 @@ def _of_checks(probes: Sequence[Sequence[Any]], round: str) -> list[Plot]:
         Plot(f"round {round}: log p(error | prefix), nats", lines("logp_error")),
         Plot(f"round {round}: P(correction | after undo)", lines("p_correction"), True),
     ]
+
+
+def grpo_plots(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plot]:
+    """Of each reinforcement learning by its records: what rollouts earned, what was right, how often undo stood, and the policy."""
+    plots = []
+    for name, records in histories.items():
+        _, round, *control = name.split("-")
+        head = f"round {round}, GRPO{' of the control' if control else ''}"
+        steps = [one for one in records if "reward" in one]
+        plots += [
+            Plot(f"{head}: reward", [_over(steps, "reward", "reward")], whole=False),
+            Plot(
+                f"{head}: right",
+                [
+                    _over(steps, "accuracy", "rollouts"),
+                    _over(records, "greedy_accuracy", "dev, greedy"),
+                    _over(records, "first_try_accuracy", "dev, first tries"),
+                ],
+                True,
+            ),
+            Plot(
+                f"{head}: undo", [_over(steps, "undo_rate", "with undo"), _over(steps, "spurious_rate", "with spurious undo")], True
+            ),
+            Plot(f"{head}: entropy, nats", [_over(steps, "entropy", "entropy")], whole=False),
+        ]
+    return plots
+
+
+def _over(records: Sequence[Mapping[str, Any]], key: str, name: str) -> Line:
+    return Line(name, [(one["step"], one[key]) for one in records if key in one])
 
 
 def experiment_plots(compared: Mapping[str, Any]) -> list[Plot]:

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: start model, clean control and fine-tuned model on the same problems, with undo in every mode and with undo
+"""Stage `evaluate`: start model, controls and trained models on the same problems, with undo in every mode and with undo
 forbidden, and P(undo) in wrong and right states. Every row is kept, so that any two models can be compared later.
 
 The main mode decodes every split; the others, which are there to be set beside it, the test split.
@@ -110,7 +110,12 @@ def _models(context: Context) -> list[Model]:
     models = [Model("base", context.inputs["model"], context.digests["model"])]
     if (context.inputs["sft"] / CONTROL).is_dir():
         models.append(Model("clean_control", context.inputs["sft"] / CONTROL, f"{context.digests['sft']}/{CONTROL}"))
-    return [*models, Model("sft", context.inputs["sft"], context.digests["sft"])]
+    models.append(Model("sft", context.inputs["sft"], context.digests["sft"]))
+    if learned := context.inputs.get("grpo"):
+        if (learned / CONTROL).is_dir():
+            models.append(Model("grpo_control", learned / CONTROL, f"{context.digests['grpo']}/{CONTROL}"))
+        models.append(Model("grpo", learned, context.digests["grpo"]))
+    return models
 
 
 def _evaluate(
@@ -138,13 +143,13 @@ def _votes(
     context: Context, models: Sequence[Model], rows: Sequence[Evaluated], problems: Sequence[Problem], codec: Codec
 ) -> list[Evaluated]:
     """The clean control, or the start model where there is none, by majority vote on the test split."""
-    asked, model = context.settings.evaluate, models[-2]
+    asked, trained = context.settings.evaluate, models[-1].name
+    model = next(one for one in reversed(models) if one.name in ("clean_control", "base"))
     test = [problem for problem in problems if problem.split == "test"]
     if asked.votes == 0 or not test:
         return []
-    spent, own = (
-        [row for row in rows if (row.model, row.mode, row.split) == (name, asked.modes[0], "test")] for name in ("sft", model.name)
-    )
+    main = [row for row in rows if (row.mode, row.split) == (asked.modes[0], "test")]
+    spent, own = ([row for row in main if row.model == name] for name in (trained, model.name))
     count = votes_needed(spent, own) if asked.votes is None else asked.votes
     wanted = requests_for(test, codec, count, context.settings.run.seed)
     decoding = without_undo(evaluation_decoding(context.settings, codec, "forbidden"), asked.vote_temperature)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pipeline.stages.stage import Input, Stage, StageError
 from pipeline.task_config import Gsm8kTask
 
 MODEL = "model"
-"""Stands for the newest accepted model before a round: an earlier round's sft output, or base."""
+"""Stands for the newest accepted model before a round: an earlier round's grpo or sft output, or base."""
 
 _PROBLEMS = Input("problems", 0, "problems")
 _BASE = Input("base", 0, "base")
@@ -50,11 +51,16 @@ def longest_trace(settings: Settings) -> int:
     return min(settings.sft.row_tokens, settings.base.scratch.context) if scratch else settings.sft.row_tokens
 
 
+def longest_completion(settings: Settings) -> int:
+    """Most tokens that any stage generates."""
+    learned = settings.grpo.max_tokens if settings.grpo.steps else 0
+    return max(settings.rollouts.max_tokens, settings.evaluate.max_tokens, learned)
+
+
 def _generation(settings: Settings) -> dict[str, Any]:
     """What every stage that generates depends on."""
-    longest = max(settings.rollouts.max_tokens, settings.evaluate.max_tokens)
     engine = settings.engine.model_dump(mode="json", include={"kind", "dtype", "max_prompt"})
-    return {"engine": engine, "longest": longest, "prompt": settings.base.prompt, "seed": settings.run.seed}
+    return {"engine": engine, "longest": longest_completion(settings), "prompt": settings.base.prompt, "seed": settings.run.seed}
 
 
 def _own_errors(settings: Settings) -> dict[str, Any]:
@@ -136,6 +142,19 @@ STAGES: tuple[Stage, ...] = (
         },
     ),
     Stage(
+        "grpo",
+        1,
+        lambda round: (_PROBLEMS, _model(round), Input("sft", round, "sft")),
+        lambda s: (
+            _generation(s)
+            | {
+                "grpo": s.grpo.model_dump(mode="json", exclude={"checkpoint_every"}),
+                "decode": s.decode.model_dump(mode="json"),
+                "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
+            }
+        ),
+    ),
+    Stage(
         "evaluate",
         4,
         lambda round: (_PROBLEMS, _model(round), Input("sft", round, "sft")),
@@ -190,15 +209,29 @@ NAMES = tuple(stage.name for stage in STAGES)
 
 
 def steps(settings: Settings) -> list[tuple[int, Stage]]:
-    """(round, stage) in the order of a run: what is made once, the rounds, an experiment on the first round's traces where one is
-    configured, the report of all of them."""
+    """(round, stage) in the order of a run: what is made once, the rounds (grpo in them where it has steps), an experiment on the
+    first round's traces where one is configured, the report of all of them."""
     rounds = settings.run.rounds
     by_name = {stage.name: stage for stage in STAGES}
+    if settings.grpo.steps:
+        by_name["evaluate"] = _reads(by_name["evaluate"], lambda round: [Input("grpo", round, "grpo")])
+        by_name["report"] = _reads(by_name["report"], lambda round: [Input(f"grpo-{r}", r, "grpo") for r in range(1, round + 1)])
+    else:
+        del by_name["grpo"]
     before = [(0, by_name[name]) for name in ("problems", "base")]
-    within = [(round, stage) for round in range(1, rounds + 1) for stage in STAGES if stage.per_round]
-    report = by_name["report"]
+    within = [(round, stage) for round in range(1, rounds + 1) for stage in by_name.values() if stage.per_round]
     if not settings.experiment.variants:
-        return [*before, *within, (rounds, report)]
-    read = report.inputs
-    report = replace(report, inputs=lambda round: (*read(round), Input("experiment", 1, "experiment")))
+        return [*before, *within, (rounds, by_name["report"])]
+    report = _reads(by_name["report"], lambda round: [Input("experiment", 1, "experiment")])
     return [*before, *within, (1, by_name["experiment"]), (rounds, report)]
+
+
+def _reads(stage: Stage, more: Callable[[int], Sequence[Input]]) -> Stage:
+    """The stage with inputs that not every run has."""
+    inputs = stage.inputs
+    return replace(stage, inputs=lambda round: (*inputs(round), *more(round)))
+
+
+def trained_stage(settings: Settings) -> str:
+    """The stage whose model a round ends with."""
+    return "grpo" if settings.grpo.steps else "sft"

@@ -17,7 +17,9 @@ from actors.checks import BATCH
 from pipeline.card import model_card, usage
 from pipeline.config import Settings
 from pipeline.report import CountTable, JudgedShown, Line, Page, Plot, Shown, ShownGroup, pieces, render, tabulate
-from pipeline.stages.curves import experiment_plots, plots_of
+from pipeline.stages.curves import experiment_plots, grpo_plots, plots_of
+from pipeline.stages.graph import trained_stage
+from pipeline.stages.grpo import HISTORY
 from pipeline.stages.io import Codec, read_problems, read_rows, write_json
 from pipeline.stages.sft import CONTROL
 from pipeline.stages.stage import Context
@@ -49,7 +51,8 @@ def run(context: Context) -> None:
         compared = _compared(context.inputs)
         rollouts = read_rows(context.inputs[f"evaluate-{context.round}"])
         metrics = _gather(context, rounds)
-        groups = _choose(rollouts, metrics["rounds"][-1]["mode"], settings.report.rollouts, problems, codec)
+        trained = trained_stage(settings)
+        groups = _choose(rollouts, trained, metrics["rounds"][-1]["mode"], settings.report.rollouts, problems, codec)
         if compared:
             metrics["experiment"] = compared
         metrics["counts"] = _counts(problems.values(), tables, curves, rollouts)
@@ -61,7 +64,7 @@ def run(context: Context) -> None:
             temperature=settings.evaluate.temperature,
             metrics=metrics,
             decode=settings.decode,
-            plots=plots_of(curves),
+            plots=[*plots_of(curves), *grpo_plots(_histories(context.inputs))],
             checked=_checked(curves),
             experiment=experiment_plots(compared),
             compared=compared,
@@ -74,7 +77,7 @@ def run(context: Context) -> None:
         )
         (context.out / "report.html").write_text(render(page), encoding="utf-8")
         accepted = any(one["accepted"] for one in metrics["rounds"])
-        card = model_card(settings, metrics, "sft" if accepted else "base")
+        card = model_card(settings, metrics, trained if accepted else "base")
         (context.out / "README.md").write_text(card, encoding="utf-8")
         (context.out / "retract.json").write_text(usage(settings), encoding="utf-8")
         context.counts["rows"] = sum(len(group.rollouts) for group in groups)
@@ -99,6 +102,13 @@ def _curves(inputs: Mapping[str, Path], rounds: Iterable[int]) -> dict[str, dict
     for round in rounds:
         files[f"sft-{round}"] = inputs[f"sft-{round}"] / "curve.json"
         files[f"control-{round}"] = inputs[f"sft-{round}"] / CONTROL / "curve.json"
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+
+
+def _histories(inputs: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
+    """What each reinforcement learning has measured, and that of its control."""
+    files = {name: folder / HISTORY for name, folder in inputs.items() if name.startswith("grpo-")}
+    files |= {f"{name}-control": inputs[name] / CONTROL / HISTORY for name in files}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
 
 
@@ -223,12 +233,12 @@ def _counts(
     }
 
 
-def _choose(rollouts: Dataset, mode: str, most: int, problems: Mapping[str, Problem], codec: Codec) -> list[ShownGroup]:
-    """Rollouts of sft in one mode on the test split, evenly from the groups and spread over each."""
+def _choose(rollouts: Dataset, model: str, mode: str, most: int, problems: Mapping[str, Problem], codec: Codec) -> list[ShownGroup]:
+    """Rollouts of a model in one mode on the test split, evenly from the groups and spread over each."""
     outlines = rollouts.select_columns(["model", "mode", "split", "undos", "correct"])
     members: dict[str, list[int]] = {name: [] for name in GROUPS}
     for index, row in enumerate(outlines):
-        if (row["model"], row["mode"], row["split"]) == ("sft", mode, "test"):
+        if (row["model"], row["mode"], row["split"]) == (model, mode, "test"):
             members[f"{'with' if row['undos'] else 'without'} undo, {'right' if row['correct'] else 'wrong'}"].append(index)
     quota = _quota({name: len(found) for name, found in members.items()}, most)
     return [

@@ -15,6 +15,7 @@ from actors.rollout import OnRows, RolloutPool
 from pipeline.backtrack.cursor import Decoded, DecodeRequest
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import Settings
+from pipeline.stages.graph import longest_completion
 from pipeline.stages.io import Codec, decoding_of, read_problems, write_rows
 from pipeline.stages.stage import Context, StageError
 from pipeline.tasks.problem import Problem
@@ -113,15 +114,9 @@ def row_seed(seed: int, row_id: str) -> int:
 def context_length(context: Context) -> int:
     """Longest row of the engines: what all stages that generate may need, within what the model can see."""
     settings = context.settings
-    longest = most_tokens(settings) + settings.engine.max_prompt
+    longest = longest_completion(settings) + settings.engine.max_prompt
     limit = model_context(context)
     return min(longest, limit) if limit else longest
-
-
-def most_tokens(settings: Settings) -> int:
-    """Longest completion of all stages that generate."""
-    learned = settings.grpo.max_tokens if settings.grpo.steps else 0
-    return max(settings.rollouts.max_tokens, settings.evaluate.max_tokens, learned)
 
 
 def model_context(context: Context) -> int | None:
@@ -136,7 +131,7 @@ def within_context(context: Context, problems: Sequence[Problem], prompts: Seque
     Raises:
         StageError: none fits.
     """
-    room = context_length(context) - most_tokens(context.settings)
+    room = context_length(context) - longest_completion(context.settings)
     fits = [i for i, prompt in enumerate(prompts) if 0 < len(prompt) <= room]
     if not fits:
         raise StageError(
