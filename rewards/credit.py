@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
-from pipeline.backtrack.tree import Rewinding, Walk, grow
+from pipeline.backtrack.tree import ROOT, Rewinding, Walk, grow
 from pipeline.backtrack.undo import UndoRule, apply_undo
 from rewards.rollout import UndoRun
 
 Credit = Literal["sequence", "segment", "tree"]
-_EPSILON = 1e-4  # added to standard deviations, as TRL does
+EPSILON = 1e-4
+"""Added to standard deviations, as TRL does."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,18 @@ def advantages(
 
     `sequence`: (reward - mean of the group) / scale for every id (Shao et al. 2024, GRPO).
     `segment`: the same, but wrong text that was taken back counts as the worst reward of the group.
-    `tree`: the mean of what lies below a choice minus the mean of what lies below its parent, where the group has made different
-    choices; on the way from there to the next such place the same. A place from which an undo turns back from an error is an end of
-    its own, with the worst reward of the group; an undo is worth what came of the rollouts that made it there.
+    `tree`: what a choice is worth minus the mean worth of the choices that the group made in that state, each as often as it was
+    made there. Worth is the mean reward of the ends below it. A rollout ends where its surviving ids end; a run of undos is one
+    more end where it begins, with the worst reward of the group if it turns back from an error. An undo, and with deferred
+    rewinding the end of a run, is worth what the rollouts earned that made it there. Where all have chosen alike an id has the
+    advantage of the choice that led there, 0 before the first one, and an undo (reward - mean of the group).
 
     Args:
         scale: what differences are divided by; None takes the group's own standard deviation, 1 leaves them as they are.
         undo_credit: added to each U of a run, times the run's improvement.
     """
     rewards = [one.reward for one in group]
-    divisor = spread(rewards) + _EPSILON if scale is None else scale
+    divisor = spread(rewards) + EPSILON if scale is None else scale
     mean, worst = fmean(rewards), min(rewards)
     if kind == "tree":
         raw = _by_tree(group, rule, rewinding, mean, worst)
@@ -83,52 +86,49 @@ def _turns_from_error(one: Episode, undo: int) -> bool:
 
 
 def _by_tree(group: Sequence[Episode], rule: UndoRule, rewinding: Rewinding, mean: float, worst: float) -> list[list[float]]:
-    tree = grow([one.walk for one in group], rule, rewinding)
-    taken = [action for action in tree.actions if action.step >= 0 and not action.ends_run]
-    # Ends below each node: (sum of their values, how many).
-    below = [(0.0, 0)] * len(tree.parent)
-    child = {(parent, token): node for node, (parent, token) in enumerate(zip(tree.parent, tree.token, strict=True))}
-    emitted = [one.walk.ids for one in group]
-    last = {action.walk: action for action in taken}  # of each rollout
+    tree, emitted = grow([one.walk for one in group], rule, rewinding), [one.walk.ids for one in group]
+    child = {edge: node for node, edge in enumerate(zip(tree.parent, tree.token, strict=True))}
+    taken = [action for action in tree.actions if action.step >= 0]
+    below = [(0.0, 0)] * len(tree.parent)  # (sum of the rewards of the ends, how many)
+    for one in group:
+        node = ROOT
+        for token in one.walk.prompt + apply_undo(one.walk.ids, rule).surviving:
+            node = child[node, token]
+        below[node] = _plus(below[node], one.reward)
     for action in taken:
-        one, is_undo = group[action.walk], emitted[action.walk][action.step] == rule.undo_id
-        at = child.get((action.node, action.token), action.node)
-        if is_undo:
-            # Only the first of a deferred run stands where the error is; the others stand on U's.
-            value = worst if _turns_from_error(one, action.step) else one.reward
-            below[action.node] = _plus(below[action.node], value)
-        elif action is last[action.walk]:
-            below[at] = _plus(below[at], one.reward)
+        one, ids = group[action.walk], emitted[action.walk]
+        begins = action.step == 0 or ids[action.step - 1] != rule.undo_id
+        if action.token == rule.undo_id and not action.ends_run and begins:
+            below[action.node] = _plus(below[action.node], worst if _turns_from_error(one, action.step) else one.reward)
     for node in range(len(tree.parent) - 1, 0, -1):
-        total, count = below[node]
-        before, ends = below[tree.parent[node]]
-        below[tree.parent[node]] = (before + total, ends + count)
-    choices: defaultdict[int, dict[int, tuple[float, int]]] = defaultdict(dict)  # node -> token -> (worth, rollouts that chose it)
+        above = tree.parent[node]
+        below[above] = _plus(below[above], *below[node])
+    # node -> (token, whether it is the end of a run) -> (sum of what it was worth, how often it was chosen)
+    choices: defaultdict[int, dict[tuple[int, bool], tuple[float, int]]] = defaultdict(dict)
     for action in taken:
-        token = emitted[action.walk][action.step]
-        worth, times = choices[action.node].get(token, (0.0, 0))
-        if token == rule.undo_id:
-            choices[action.node][token] = (worth + group[action.walk].reward, times + 1)
-        else:
-            total, count = below[child[action.node, token]]
-            choices[action.node][token] = (total / count * (times + 1), times + 1)
+        total, ends = group[action.walk].reward, 1
+        if action.token != rule.undo_id:
+            total, ends = below[child[action.node, action.token]]
+        offered, choice = choices[action.node], (action.token, action.ends_run)
+        offered[choice] = _plus(offered.get(choice, (0.0, 0)), total / ends)
     values: list[list[float]] = [[0.0] * len(ids) for ids in emitted]
     arriving: dict[tuple[int, int], float] = {}  # (rollout, node) -> advantage of the choice that led there
     for action in taken:
-        token, offered = emitted[action.walk][action.step], choices[action.node]
+        if action.ends_run:
+            continue
+        offered = choices[action.node]
         if len(offered) > 1:
-            worth, times = offered[token]
-            expected = sum(total for total, _ in offered.values()) / sum(count for _, count in offered.values())
-            value = worth / times - expected
-        elif token == rule.undo_id:
-            value = group[action.walk].reward - mean  # nobody has done otherwise there
+            worth, times = offered[action.token, False]
+            value = worth / times - sum(total for total, _ in offered.values()) / sum(count for _, count in offered.values())
+        elif action.token == rule.undo_id:
+            value = group[action.walk].reward - mean
         else:
             value = arriving.get((action.walk, action.node), 0.0)
         values[action.walk][action.step] = value
-        if token != rule.undo_id:
-            arriving[action.walk, child[action.node, token]] = value
+        if action.token != rule.undo_id:
+            arriving[action.walk, child[action.node, action.token]] = value
     return values
 
 
-def _plus(ends: tuple[float, int], value: float) -> tuple[float, int]:
-    return ends[0] + value, ends[1] + 1
+def _plus(ends: tuple[float, int], total: float, count: int = 1) -> tuple[float, int]:
+    return ends[0] + total, ends[1] + count

@@ -32,7 +32,7 @@ from pipeline.stages.sft import CONTROL
 from pipeline.stages.stage import Context, StageError
 from pipeline.tasks.problem import Problem
 from rewards.combine import FLAT, Rewards, Scored
-from rewards.credit import Episode, advantages
+from rewards.credit import EPSILON, Episode, advantages
 from rewards.credit import spread as deviation
 from rewards.rollout import JudgedRollout, judged
 from verifiers.tasks import judge_of
@@ -259,7 +259,8 @@ class _Loop:
         """What the learner gets: the rollouts of some groups, and their numbers in it."""
         asked, scale = self._asked, None
         if asked.scale != "group":
-            scale = deviation([scored.rewards[row] for group in groups for row in group]) + FLAT if asked.scale == "batch" else 1.0
+            rewards = [scored.rewards[row] for group in groups for row in group]
+            scale = deviation(rewards) + EPSILON if asked.scale == "batch" else 1.0
         found: list[Sampled] = []
         numbers = []
         for group in groups:
