@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from actors.decode import HfDecoder
 from actors.memory import out_of_memory
 from actors.policy import Policy, Rows, Sampled, batches, score
 from actors.segments import attends_by_segment
-from actors.trainable import prepare, save
+from actors.trainable import merged, prepare, save
 from actors.weights import Weights
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.grpo_config import GrpoSettings
@@ -34,6 +35,22 @@ _STATE = "learner.pt"
 
 class LearningError(RuntimeError):
     """Learning cannot go on; one line."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Rollouts as they are learnt from, and what is known of them before the first update."""
+
+    parts: Sequence[Rows]
+    """One for each forward pass."""
+    olds: Sequence[Tensor | None]
+    """[parts][actions] Log-probabilities under the policy before the first update; None: the same as under that of now."""
+    references: Sequence[Tensor | None]
+    """[parts][actions] Log-probabilities under the reference; None without a KL term."""
+    undone: Tensor
+    """[rollouts] bool: it holds an undo."""
+    kept: Tensor | None
+    """[rollouts] 0 for those whose policy is too far away; None where tokens are weighted, or nothing is."""
 
 
 class Grpo:
@@ -73,6 +90,24 @@ class Grpo:
 
     def _learn(self, groups: Sequence[Sequence[int]], rollouts: Sequence[Sampled]) -> Report:
         begun = time.monotonic()
+        step, sums, norms = self.begin(groups, rollouts), Sums(), []
+        for _ in range(self.settings.updates):
+            self._optimiser.zero_grad()
+            sums.add("loss", self.accumulate(step, sums))
+            norms.append(float(torch.nn.utils.clip_grad_norm_(self._trained, self.settings.max_grad_norm)))
+            self._optimiser.step()
+            self._warmup.step()
+        self.step += 1
+        return sums.report(self.settings.updates) | {
+            "grad_norm": sum(norms) / len(norms),
+            "lr": self._optimiser.param_groups[0]["lr"],
+            "learn_seconds": time.monotonic() - begun,
+            "row_tokens": sum(int(part.inputs["input_ids"].numel()) for part in step.parts),
+            "tokens": sum(len(one.walk.ids) for one in rollouts),
+        }
+
+    def begin(self, groups: Sequence[Sequence[int]], rollouts: Sequence[Sampled]) -> Step:
+        """What stays the same in all updates of a step."""
         weights = loss_weights(rollouts, self.settings)
         pad_id = self.tokenizer.pad_token_id or 0
         size = (self.settings.row_tokens, self.settings.rows)
@@ -80,39 +115,28 @@ class Grpo:
         parts = [part.to(self._device) for part in found]
         several = self.settings.updates > 1 or self.settings.importance == "sequence"
         olds: list[Tensor | None] = [self._logprobs(self.model, part) if several else None for part in parts]
-        references = [self._reference_logprobs(part) for part in parts]
         undone = torch.tensor([self.policy.rule.undo_id in one.walk.ids for one in rollouts], device=self._device)
         kept = self._kept(parts, olds, len(rollouts)) if self.settings.importance == "sequence" else None
-        sums = Sums()
-        norms = []
-        for _ in range(self.settings.updates):
-            self._optimiser.zero_grad()
-            for part, old, reference in zip(parts, olds, references, strict=True):
-                logprobs, entropy = score(self.model, part, self.policy)
-                loss = self._loss(part, logprobs, old, reference, kept, sums, undone)
-                if not loss.isfinite():
-                    raise LearningError(f"the loss is {loss.item()} at step {self.step + 1}: lower grpo.lr")
-                loss.backward()  # type: ignore[no-untyped-call]
-                sums.add("loss", loss.detach())
-                sums.mean("entropy", entropy)
-            norms.append(float(torch.nn.utils.clip_grad_norm_(self._trained, self.settings.max_grad_norm)))
-            self._optimiser.step()
-            self._warmup.step()
-        self.step += 1
-        tokens = sum(len(one.walk.ids) for one in rollouts)
-        nodes = sum(int(part.inputs["input_ids"].numel()) for part in parts)
-        return sums.report(self.settings.updates) | {
-            "grad_norm": sum(norms) / len(norms),
-            "lr": self._optimiser.param_groups[0]["lr"],
-            "learn_seconds": time.monotonic() - begun,
-            "row_tokens": nodes,
-            "tokens": tokens,
-        }
+        return Step(parts, olds, [self._reference_logprobs(part) for part in parts], undone, kept)
 
-    def _loss(
-        self, rows: Rows, logprobs: Tensor, old: Tensor | None, reference: Tensor | None, kept: Tensor | None, sums: Sums,
-        undone: Tensor,
-    ) -> Tensor:  # fmt: skip
+    def accumulate(self, step: Step, sums: Sums) -> Tensor:
+        """The loss of the model as it is now, whose gradients are added to those of the parameters.
+
+        Raises:
+            LearningError: it is no number.
+        """
+        total = torch.zeros((), device=self._device)
+        for part, old, reference in zip(step.parts, step.olds, step.references, strict=True):
+            logprobs, entropy = score(self.model, part, self.policy)
+            loss = self._loss(part, logprobs, old, reference, step, sums)
+            if not loss.isfinite():
+                raise LearningError(f"the loss is {loss.item()} at step {self.step + 1}: lower grpo.lr")
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+            sums.mean("entropy", entropy)
+        return total
+
+    def _loss(self, rows: Rows, logprobs: Tensor, old: Tensor | None, reference: Tensor | None, step: Step, sums: Sums) -> Tensor:
         settings = self.settings
         old = logprobs.detach() if old is None else old
         ratio = (logprobs - old).exp()
@@ -123,8 +147,8 @@ class Grpo:
             correction = gap.exp().clamp(max=settings.importance_cap)
             losses = losses * correction
             sums.mean("importance", correction)
-        elif kept is not None:
-            losses = losses * kept[rows.rollout]
+        elif step.kept is not None:
+            losses = losses * step.kept[rows.rollout]
         if reference is not None:
             away = reference - logprobs
             kl = away.exp() - away - 1  # the k3 estimator of Schulman 2020
@@ -133,7 +157,7 @@ class Grpo:
         with torch.no_grad():
             moved = torch.where(rows.advantage > 0, ratio > 1 + settings.clip_high, ratio < 1 - settings.clip_low)
             sums.mean("clipped", (moved & (rows.advantage != 0)).float())
-            of_undone = undone[rows.rollout]
+            of_undone = step.undone[rows.rollout]
             sums.mean("mismatch_undo", gap[of_undone].abs())
             sums.mean("mismatch_plain", gap[~of_undone].abs())
         return (losses * rows.weight).sum()
@@ -167,13 +191,7 @@ class Grpo:
 
     def weights(self, dtype: str) -> Weights:
         """For engines: adapters merged."""
-        if self.settings.trainable == "all":
-            return Weights.of(self.model, dtype)
-        self.model.merge_adapter()
-        try:
-            return Weights.of(self.model.base_model.model, dtype)
-        finally:
-            self.model.unmerge_adapter()
+        return Weights.of(merged(self.model, self.settings.trainable), dtype)
 
     def save(self, folder: Path) -> None:
         """An ordinary Hugging Face folder."""

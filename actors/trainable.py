@@ -10,7 +10,7 @@ What peft 0.21 does that one has to know:
   from the weights.
 - The row is trained as a value, not as a difference: weight decay pulls it towards zero, not towards its first value.
 - Each forward copies the embedding matrix (the gradient has its size as well): it saves optimiser state, not activations.
-- `merge_adapter` and `unmerge_adapter` add and subtract: the base weights come back rounded. Hence the copy in `save`.
+- `merge_adapter` and `unmerge_adapter` add and subtract: the base weights come back rounded. Hence the copy in `merged`.
 - `save_pretrained` compares the vocabulary with the base model's, by hub if need be, and after a resize writes all rows.
 - "all-linear" is a set, whose order in adapter_config.json changes from process to process.
 - vLLM's LoRA loader does not know trained rows: engines get the merged folder, never the adapter.
@@ -74,17 +74,26 @@ def prepare(model: Any, undo_id: int, what: Trainable, rank: int, alpha: float) 
     return trained
 
 
-def save(model: Any, tokenizer: Any, folder: Path, what: Trainable) -> None:
-    """Write an ordinary Hugging Face folder, adapters merged; for `lora` also the adapter, in `folder/adapter`.
+def merged(model: Any, what: Trainable) -> Any:
+    """The model without peft, which stays as it is and can be trained on: the model itself for `all`, otherwise a merged copy.
 
-    The adapter is for the base model that was trained, undo token included. `model` stays as it is and can be trained on,
-    at the price of a second copy of the weights while this runs. In bfloat16 merging rounds LoRA's part to that dtype.
+    In bfloat16 merging rounds LoRA's part to that dtype.
 
     Raises:
         ValueError: merged weights that are no numbers.
     """
-    plain = model if what == "all" else copy.deepcopy(model.base_model).merge_and_unload(safe_merge=True)
-    plain.save_pretrained(folder)
+    return model if what == "all" else copy.deepcopy(model.base_model).merge_and_unload(safe_merge=True)
+
+
+def save(model: Any, tokenizer: Any, folder: Path, what: Trainable) -> None:
+    """Write an ordinary Hugging Face folder, adapters merged; for `lora` also the adapter, in `folder/adapter`.
+
+    The adapter is for the base model that was trained, undo token included.
+
+    Raises:
+        ValueError: as `merged`.
+    """
+    merged(model, what).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if what == "lora":
         model.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
