@@ -151,7 +151,9 @@ class Grpo:
             losses = losses * step.kept[rows.rollout]
         if reference is not None:
             away = reference - logprobs
-            kl = away.exp() - away - 1  # the k3 estimator of Schulman 2020
+            # The k3 estimator of Schulman 2020. Times the ratio its gradient is that of the KL divergence, as in TRL
+            # (use_bias_correction_kl, its default; DeepSeek-V3.2).
+            kl = ratio * (away.exp() - away - 1)
             losses = losses + settings.beta * kl
             sums.mean("kl", kl.detach())
         with torch.no_grad():
