@@ -73,7 +73,10 @@ class Grpo:
             attends_by_segment(self._reference)
         self._trained = [part for part in self.model.parameters() if part.requires_grad]
         self._optimiser = torch.optim.AdamW(self._trained, settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
-        self._warmup = torch.optim.lr_scheduler.LambdaLR(self._optimiser, lambda step: min(1.0, (step + 1) / (settings.warmup + 1)))
+        total = settings.steps * settings.updates
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimiser, lambda step: min(1.0, (step + 1) / (settings.warmup + 1)) * max(0.0, 1 - step / max(total, 1))
+        )
 
     def learn(self, groups: Sequence[Sequence[int]], rollouts: Sequence[Sampled]) -> Report:
         """One step, of `settings.updates` optimiser steps, on groups of rollouts given by their numbers.
@@ -96,7 +99,7 @@ class Grpo:
             sums.add("loss", self.accumulate(step, sums))
             norms.append(float(torch.nn.utils.clip_grad_norm_(self._trained, self.settings.max_grad_norm)))
             self._optimiser.step()
-            self._warmup.step()
+            self._schedule.step()
         self.step += 1
         return sums.report(self.settings.updates) | {
             "grad_norm": sum(norms) / len(norms),
@@ -202,14 +205,14 @@ class Grpo:
 
     def checkpoint(self, folder: Path) -> None:
         trained = {name: part for name, part in self.model.named_parameters() if part.requires_grad}
-        state = {"trained": trained, "optimiser": self._optimiser.state_dict(), "warmup": self._warmup.state_dict()}
+        state = {"trained": trained, "optimiser": self._optimiser.state_dict(), "schedule": self._schedule.state_dict()}
         torch.save({**state, "step": self.step, "random": torch.get_rng_state()}, folder / _STATE)
 
     def restore(self, folder: Path) -> None:
         state = torch.load(folder / _STATE, map_location=self._device, weights_only=True)
         self.model.load_state_dict(state["trained"], strict=False)  # tied weights have two names
         self._optimiser.load_state_dict(state["optimiser"])
-        self._warmup.load_state_dict(state["warmup"])
+        self._schedule.load_state_dict(state["schedule"])
         self.step = state["step"]
         torch.set_rng_state(state["random"].cpu())
 

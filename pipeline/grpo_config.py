@@ -25,7 +25,7 @@ class GrpoSettings(Section):
     engine: Literal["auto", "vllm", "hf"] = Field(
         "auto", description="What rolls out; auto takes transformers for models of less than 20M parameters on CPUs."
     )
-    lr: float = Field(1e-4, gt=0, le=1, description="Learning rate (AdamW), constant behind the warm-up.")
+    lr: float = Field(1e-4, gt=0, le=1, description="Peak learning rate (AdamW); it falls to 0 in a straight line.")
     warmup: int = Field(5, ge=0, le=1_000_000, description="Steps of warm-up.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, le=1e6, description="Gradients longer than this are cut to it.")
