@@ -45,10 +45,10 @@ def advantages(
     `sequence`: (reward - mean of the group) / scale for every id (Shao et al. 2024, GRPO).
     `segment`: the same, but wrong text that was taken back counts as the worst reward of the group.
     `tree`: what a choice is worth minus the mean worth of the choices that the group made in that state, each as often as it was
-    made there. Worth is the mean reward of the ends below it. A rollout ends where its surviving ids end; a run of undos is one
-    more end where it begins, with the worst reward of the group if it turns back from an error. An undo, and with deferred
-    rewinding the end of a run, is worth what the rollouts earned that made it there. Where all have chosen alike an id has the
-    advantage of the choice that led there, 0 before the first one, and an undo (reward - mean of the group).
+    made there, and 0 where all have chosen alike: the right consequences of a wrong choice are not blamed for it. Worth is the
+    mean reward of the ends below it. A rollout ends where its surviving ids end; a run of undos is one more end where it begins,
+    with the worst reward of the group if it turns back from an error. An undo, and with deferred rewinding the end of a run, is
+    worth what the rollouts earned that made it there.
 
     Args:
         scale: what differences are divided by; None takes the group's own standard deviation, 1 leaves them as they are.
@@ -58,7 +58,7 @@ def advantages(
     divisor = spread(rewards) + EPSILON if scale is None else scale
     mean, worst = fmean(rewards), min(rewards)
     if kind == "tree":
-        raw = _by_tree(group, rule, rewinding, mean, worst)
+        raw = _by_tree(group, rule, rewinding, worst)
     else:
         raw = [_by_rollout(one, rule, kind, mean, worst) for one in group]
     found = []
@@ -85,7 +85,7 @@ def _turns_from_error(one: Episode, undo: int) -> bool:
     return any(run.start <= undo < run.end and not run.before for run in one.runs)
 
 
-def _by_tree(group: Sequence[Episode], rule: UndoRule, rewinding: Rewinding, mean: float, worst: float) -> list[list[float]]:
+def _by_tree(group: Sequence[Episode], rule: UndoRule, rewinding: Rewinding, worst: float) -> list[list[float]]:
     tree, emitted = grow([one.walk for one in group], rule, rewinding), [one.walk.ids for one in group]
     child = {edge: node for node, edge in enumerate(zip(tree.parent, tree.token, strict=True))}
     taken = [action for action in tree.actions if action.step >= 0]
@@ -112,21 +112,12 @@ def _by_tree(group: Sequence[Episode], rule: UndoRule, rewinding: Rewinding, mea
         offered, choice = choices[action.node], (action.token, action.ends_run)
         offered[choice] = _plus(offered.get(choice, (0.0, 0)), total / ends)
     values: list[list[float]] = [[0.0] * len(ids) for ids in emitted]
-    arriving: dict[tuple[int, int], float] = {}  # (rollout, node) -> advantage of the choice that led there
     for action in taken:
-        if action.ends_run:
-            continue
         offered = choices[action.node]
-        if len(offered) > 1:
+        if len(offered) > 1 and not action.ends_run:
             worth, times = offered[action.token, False]
-            value = worth / times - sum(total for total, _ in offered.values()) / sum(count for _, count in offered.values())
-        elif action.token == rule.undo_id:
-            value = group[action.walk].reward - mean
-        else:
-            value = arriving.get((action.walk, action.node), 0.0)
-        values[action.walk][action.step] = value
-        if action.token != rule.undo_id:
-            arriving[action.walk, child[action.node, action.token]] = value
+            expected = sum(total for total, _ in offered.values()) / sum(count for _, count in offered.values())
+            values[action.walk][action.step] = worth / times - expected
     return values
 
 

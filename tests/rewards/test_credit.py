@@ -104,12 +104,13 @@ def test_a_branch_is_credited_against_what_is_below_its_parent() -> None:
       \ 4       0.2
     """
     found = credited(episode((1, 2), 1.0), episode((1, 3, 3), 0.0), episode((4,), 0.2))
-    assert found == near((0.1, 0.5), (0.1, -0.5, -0.5), (-0.2,))
+    assert found == near((0.1, 0.5), (0.1, -0.5, 0), (-0.2,))
 
 
-def test_without_undos_and_with_nothing_shared_tree_is_sequence() -> None:
+def test_where_nothing_is_shared_the_first_choice_alone_has_the_advantage_of_the_rollout() -> None:
     group = [episode((1, 2, 3), 1.0), episode((2, 2), 0.3), episode((3, 6), 0.2)]
-    assert credited(*group) == near(*credited(*group, kind="sequence"))
+    whole = credited(*group, kind="sequence")
+    assert credited(*group) == near(*((values[0], *(0 for _ in values[1:])) for values in whole))
 
 
 def test_what_all_begin_with_earns_nothing() -> None:
@@ -120,19 +121,19 @@ def test_what_all_begin_with_earns_nothing() -> None:
 def test_a_wrong_branch_that_was_taken_back() -> None:
     r"""
     5 - 1 (U)    worst: 0     1 and 3 are worth 0, 2 is worth 1: mean 1/3
-      \ 2       1.0          nobody else was at 1: U has reward - mean of the group, .5
+      \ 2       1.0          nobody else was at 1: U has nothing to be compared with
       \ 3       0.0
     """
     found = credited(episode((1, U, 2), 1.0, 0), episode((3,), 0.0))
-    assert found == near((-1 / 3, 0.5, 2 / 3), (-1 / 3,))
+    assert found == near((-1 / 3, 0, 2 / 3), (-1 / 3,))
 
 
 def test_a_right_branch_that_was_taken_back_is_worth_what_came_of_it() -> None:
     """1 was right: its end has the rollout's reward, 1.0; but a deleted id gets nothing positive."""
     found = credited(episode((1, U, 2), 1.0), episode((3,), 0.4))
-    assert found == near((0, 0.3, 0.2), (-0.4,))
+    assert found == near((0, 0, 0.2), (-0.4,))
     blamed = credited(episode((1, U, 2), 0.1), episode((3,), 0.4))
-    assert blamed == near((-0.1, -0.15, -0.1), (0.2,))
+    assert blamed == near((-0.1, 0, -0.1), (0.2,))
 
 
 def test_undo_with_rivals() -> None:
@@ -152,23 +153,23 @@ def test_a_rollout_that_ends_with_an_undo_ends_where_that_leads() -> None:
            \ 4  0.0                  at 1: U is worth .6, 4 is worth 0: mean .3
       \ 2        0.6 (the third)
            \ 1 (U)  worst: 0         at 2: 1 is worth 0, 3 is worth .9: mean .45
-           \ 3  0.9                  at 2 - 1: .6 - mean of the group, .525
+           \ 3  0.9                  at 2 - 1: nothing to be compared with
     """
     found = credited(episode((1, U), 0.6, 0), episode((1, 4), 0.0), episode((2, 1, U), 0.6, 0), episode((2, 3), 0.9))
-    assert found == near((-0.25, 0.3), (-0.25, -0.3), (0.25, -0.45, 0.075), (0.25, 0.45))
+    assert found == near((-0.25, 0.3), (-0.25, -0.3), (0.25, -0.45, 0), (0.25, 0.45))
 
 
 def test_a_run_of_undos_is_one_end() -> None:
     r"""
     5 - 1 - 2 - 3 (U U)   worst: 0, once   at 5: 1 is worth (0 + 1 + .8) / 3, chosen twice, 2 is worth 0: mean .4
          \ 4             1.0              at 1: 2 is worth 0, 4 is worth 1, 6 is worth .8: mean .6
-         \ 6             0.8              at 3: 1 - mean of the group, .6
+         \ 6             0.8              at 3: nothing to be compared with
       \ 2                0.0
     """
     group = [episode((1, 2, 3, U, U, 4), 1.0, 0), episode((1, 6), 0.8), episode((2,), 0.0)]
-    assert credited(*group, rewinding="deferred") == near((0.2, -0.6, -0.6, 0.4, 0.4, 0.4), (0.2, 0.2), (-0.4,))
+    assert credited(*group, rewinding="deferred") == near((0.2, -0.6, 0, 0, 0, 0.4), (0.2, 0.2), (-0.4,))
     # The second U stands at 2 now, where it is worth 1, and the 3 that went before it 0: mean .5.
-    assert credited(*group, rewinding="immediate") == near((0.2, -0.6, -0.5, 0.4, 0.5, 0.4), (0.2, 0.2), (-0.4,))
+    assert credited(*group, rewinding="immediate") == near((0.2, -0.6, -0.5, 0, 0.5, 0.4), (0.2, 0.2), (-0.4,))
 
 
 def test_where_a_deferred_run_ends_is_a_choice() -> None:
@@ -180,10 +181,10 @@ def test_where_a_deferred_run_ends_is_a_choice() -> None:
     group = [episode((1, 2, U, U, 4), 1.0, 0), episode((1, 2, U, 3), 0.0, 0)]
     deferred, immediate = (credited(*group, rewinding=rewinding) for rewinding in ("deferred", "immediate"))
     # At 5: 1 is worth (0 + 0 + 0) / 3, twice, 4 is worth 1: mean 1/3. At 1: 2 is worth 0 twice, 3 is worth 0.
-    # At 2: both undo, reward - .5. Behind that U: going on is worth 1, the end 0.
-    assert deferred == near((-1 / 3, 0, 0.5, 0.5, 2 / 3), (-1 / 3, 0, -0.5, 0))
+    # At 2 both undo. Behind that U: going on is worth 1, the end 0.
+    assert deferred == near((-1 / 3, 0, 0, 0.5, 2 / 3), (-1 / 3, 0, 0, 0))
     # At 1 there are three choices now: 2 (0, twice), U (1), 3 (0): mean 1/4.
-    assert immediate == near((-1 / 3, -0.25, 0.5, 0.75, 2 / 3), (-1 / 3, -0.25, -0.5, -0.25))
+    assert immediate == near((-1 / 3, -0.25, 0, 0.75, 2 / 3), (-1 / 3, -0.25, 0, -0.25))
 
 
 def test_unit_step_takes_back_a_line() -> None:
@@ -193,7 +194,7 @@ def test_unit_step_takes_back_a_line() -> None:
       \ 4           0.0
     """
     group = [episode((1, 3, U, 1, 2, 3), 1.0, 0), episode((4,), 0.0)]
-    assert advantages(group, rule("step"), "tree", 1.0) == near((0, -0.5, 0.5, 1 / 6, 0.5, 0.5), (-1 / 3,))
+    assert advantages(group, rule("step"), "tree", 1.0) == near((0, -0.5, 0, 1 / 6, 0.5, 0), (-1 / 3,))
 
 
 # ---- against an obvious version, and what always holds ----
@@ -202,7 +203,7 @@ def test_unit_step_takes_back_a_line() -> None:
 def slow_tree(group: Sequence[Episode], unit: Unit, rewinding: Rewinding) -> list[list[float]]:
     """Every choice, worth and rival found by looking at all prefixes of all rollouts."""
     rewards = [one.reward for one in group]
-    mean, worst = statistics.fmean(rewards), min(rewards)
+    worst = min(rewards)
     ends: list[tuple[tuple[int, ...], float]] = []  # (visible ids, value)
     made: list[list[tuple[tuple[int, ...], object, bool]]] = []  # of each rollout: (visible ids, choice, whether it was emitted)
     for one in group:
@@ -229,20 +230,15 @@ def slow_tree(group: Sequence[Episode], unit: Unit, rewinding: Rewinding) -> lis
     found = []
     for number, mine in enumerate(made):
         values: list[float] = []
-        led: dict[tuple[int, ...], float] = {}
         for context, choice, emitted in mine:
             if not emitted:
                 continue
             there = [(other, it) for other, theirs in enumerate(made) for place, it, _ in theirs if place == context]
             if len({it for _, it in there}) > 1:
                 own = statistics.fmean(worth(other, context, it) for other, it in there if it == choice)
-                value = own - statistics.fmean(worth(other, context, it) for other, it in there)
+                values.append(own - statistics.fmean(worth(other, context, it) for other, it in there))
             else:
-                value = rewards[number] - mean if choice == U else led.get(context, 0.0)
-            values.append(value)
-            if choice != U:
-                assert isinstance(choice, int)
-                led[(*context, choice)] = value
+                values.append(0.0)
         deleted_by = apply_undo(group[number].walk.ids, rule(unit)).deleted_by
         found.append([min(value, 0.0) if by >= 0 else value for value, by in zip(values, deleted_by, strict=True)])
     return found
