@@ -23,6 +23,7 @@ from actors.packing import TrainingSet
 from actors.policy import Policy, Sampled
 from actors.probe import ProbeRow
 from actors.rollout import RolloutPool
+from actors.watch import Watch
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import Settings, TrainSettings
 from pipeline.grpo_config import GrpoSettings
@@ -114,6 +115,10 @@ class Workers:
         options = actor_options(cluster.learner, "grpo", 1)
         actor = GrpoActor.options(**options).remote(str(folder.resolve()), settings, policy, seed, str(self._log_dir / "grpo.log"))
         return GrpoLearner(actor, cluster.start_timeout, self._settings.engine.dtype)
+
+    def watch(self, name: str, first_step: int) -> Watch:
+        """Where a training's figures go while it runs, see actors/watch.py."""
+        return Watch(self._log_dir, name, first_step)
 
     def probe(self, folder: Path, rows: Sequence[ProbeRow]) -> list[tuple[float, ...]]:
         """Log-probabilities of the asked tokens under the model of `folder`, see actors/probe.py."""

@@ -40,7 +40,7 @@ class GrpoSettings(Section):
     credit: Literal["sequence", "segment", "tree"] = Field(
         "sequence", description="Who earns a reward: whole rollouts, each run between undos, or each branch of the group's tree."
     )
-    undo_credit: float = Field(0.0, ge=0, le=100, description="Added to the advantage of an undo for a state that it made right.")
+    undo_credit: float = Field(0.0, ge=0, le=100, description="Added to the advantage of an undo that makes a state right.")
     undo: Literal["sampled", "epsilon"] = Field(
         "sampled",
         description="Drawn like any token, with undo_bias; or decided by decode.threshold, at times the other way.",

@@ -52,7 +52,7 @@ def advantages(
 
     Args:
         scale: what differences are divided by; None takes the group's own standard deviation, 1 leaves them as they are.
-        undo_credit: added to each U of a run, times the run's improvement.
+        undo_credit: added to each U of a run, times `own_credit`.
     """
     rewards = [one.reward for one in group]
     divisor = spread(rewards) + EPSILON if scale is None else scale
@@ -66,10 +66,15 @@ def advantages(
         scaled = [value / divisor for value in values]
         for run in one.runs:
             for index in range(run.start, run.end):
-                scaled[index] += undo_credit * run.improvement
+                scaled[index] += undo_credit * own_credit(run)
         deleted_by = apply_undo(one.walk.ids, rule).deleted_by
         found.append(tuple(min(value, 0.0) if by >= 0 else value for value, by in zip(scaled, deleted_by, strict=True)))
     return found
+
+
+def own_credit(run: UndoRun) -> int:
+    """What a run of undos did: 1: it made a wrong state right; -1: it made a right one wrong, or removed right text alone."""
+    return run.improvement or -(run.unnecessary > 0)
 
 
 def _by_rollout(one: Episode, rule: UndoRule, kind: Credit, mean: float, worst: float) -> list[float]:

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -130,10 +131,13 @@ class _Loop:
 
     def run(self) -> None:
         self._restore()
-        if not self.history:
-            self.history.append(self._check())
-        with self._context.terminal.stage(self._name, self._asked.steps, "steps") as progress, ThreadPoolExecutor(1) as beside:
+        with ExitStack() as stack:
+            self._watch = stack.enter_context(self._context.workers.watch(self._name, self._step + 1))
+            progress = stack.enter_context(self._context.terminal.stage(self._name, self._asked.steps, "steps"))
+            beside = stack.enter_context(ThreadPoolExecutor(1))
             progress.update(self._step)
+            if not self.history:
+                self._note(self._check())
             while self._step < self._asked.steps:
                 while len(self._waiting) < max(1, self._asked.staleness):
                     self._waiting.append(self._roll())
@@ -142,7 +146,7 @@ class _Loop:
                 if ahead:
                     self._waiting.append(ahead.result())
                 self._step += 1
-                self.history.append(record)
+                self._note(record)
                 self._learner.publish(self._pool, f"{self._name}@{self._step}")
                 if self._step % self._asked.check_every == 0 or self._step == self._asked.steps:
                     self._measure()
@@ -150,6 +154,10 @@ class _Loop:
                     self._save()
                 accuracy, undone = record["accuracy"], record["undo_rate"]
                 progress.update(self._step, f"reward {record['reward']:.3f}, right {accuracy:.2f}, with undo {undone:.2f}")
+
+    def _note(self, record: Record) -> None:
+        self.history.append(record)
+        self._watch.write(record)
 
     def _that_fit(self, problems: Sequence[Problem]) -> list[Problem]:
         fits, _ = within_context(self._context, problems, [self._codec.prompt_ids(problem) for problem in problems])
@@ -300,7 +308,7 @@ class _Loop:
 
     def _measure(self) -> None:
         record = self._check()
-        self.history.append(record)
+        self._note(record)
         first = next(one for one in self.history if "first_try_accuracy" in one)
         before, now, n = first["first_try_accuracy"], record["first_try_accuracy"], record["n"]
         # Two standard errors of a difference between two shares of n.

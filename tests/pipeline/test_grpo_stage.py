@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,10 +13,12 @@ from typing import Any, cast
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from actors.engines import HfEngine, parameters
 from actors.grpo import Grpo, Report
 from actors.policy import Policy, Sampled
+from actors.watch import Watch
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import DecodeSettings, EngineSettings, EvaluateSettings, RolloutSettings, Settings, UndoSettings
 from pipeline.grpo_config import GrpoSettings
@@ -127,7 +130,9 @@ class Run:
         context = SimpleNamespace(
             settings=self.settings, round=1, out=self.folder / "out", resume=self.folder / "resume", counts={},
             inputs=self.inputs, digests={"sft": "s"}, terminal=self.terminal,
-            workers=SimpleNamespace(grpo=lambda *given: self._learner(killed_at, *given), pool=self._pool),
+            workers=SimpleNamespace(
+                grpo=lambda *given: self._learner(killed_at, *given), pool=self._pool, watch=partial(Watch, self.folder / "logs")
+            ),
         )  # fmt: skip
         grpo.run(cast(Context, context))
         self.counts = context.counts
@@ -158,7 +163,7 @@ def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool
     return any(not torch.equal(one[name], other[name]) for name in one)
 
 
-def without_times(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def without_times(history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if not key.endswith("seconds")} for record in history]
 
 
@@ -175,6 +180,23 @@ def test_a_killed_run_ends_with_the_same_weights(inputs: dict[str, Path], tmp_pa
     assert differ(whole.weights(), load_file(inputs["sft"] / "model.safetensors"))
     assert killed.counts == whole.counts == {"rows": 48, "steps": 4, "tokens": sum(one.get("tokens", 0) for one in history)}
     assert len(killed.learners[-1].rollouts) == 1  # only what was left is done again
+
+
+def test_figures_are_watched_while_it_runs(inputs: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(inputs, tmp_path, settings_of(steps=3))
+    with pytest.raises(Killed):
+        run.start(killed_at=2)
+    lines = [json.loads(line) for line in (tmp_path / "logs" / "grpo.jsonl").read_text().splitlines()]
+    assert [(one["step"], "reward" in one) for one in lines] == [(0, False), (1, True), (2, True), (2, False)]
+    history = run.start()
+    assert without_times(map(json.loads, (tmp_path / "logs" / "grpo.jsonl").read_text().splitlines())) == without_times(history)
+    events = EventAccumulator(str(tmp_path / "logs" / "tensorboard" / "grpo"))
+    events.Reload()
+    steps = [one for one in history if "reward" in one]
+    assert [one.step for one in events.Scalars("reward")] == [1, 2, 3]
+    assert [one.value for one in events.Scalars("reward")] == pytest.approx([one["reward"] for one in steps])
+    spread = [one["components"]["own"]["sd"] for one in steps]
+    assert [one.value for one in events.Scalars("components.own.sd")] == pytest.approx(spread)
 
 
 def test_rollouts_are_as_stale_as_asked_for(inputs: dict[str, Path], tmp_path: Path) -> None:

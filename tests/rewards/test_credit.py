@@ -85,13 +85,16 @@ def test_segment_of_longer_runs() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_undo_credit_is_added_to_each_undo_of_a_run(kind: Credit) -> None:
-    """One that makes wrong right, one that makes right wrong, one that changes nothing; not divided by the scale."""
-    ids = (1, 2, U, U, 3, U, 4, U, 6)
-    runs = (UndoRun(2, 4, False, True, 0, 0), UndoRun(5, 6, True, False, 1, 0), UndoRun(7, 8, True, True, 1, 0))
+    """One makes wrong right, one right wrong, one changes nothing, one removes what was right; not divided by the scale."""
+    ids = (1, 2, U, U, 3, U, 4, U, 6, U)
+    runs = (
+        *(UndoRun(2, 4, False, True, 0, 0), UndoRun(5, 6, True, False, 1, 0)),
+        *(UndoRun(7, 8, False, False, 0, 0), UndoRun(9, 10, True, True, 1, 0)),
+    )
     group = [Episode(Walk(PROMPT, ids), 1.0, runs), episode((4,), 0.0)]
     without, with_credit = (advantages(group, TOKEN, kind, 2.0, undo_credit)[0] for undo_credit in (0.0, 0.25))
     difference = [after - before for before, after in zip(without, with_credit, strict=True)]
-    assert difference == pytest.approx([0, 0, 0.25, 0.25, 0, -0.25, 0, 0, 0])
+    assert difference == pytest.approx([0, 0, 0.25, 0.25, 0, -0.25, 0, 0, 0, -0.25])
 
 
 # ---- tree ----
