@@ -1,0 +1,90 @@
+"""The stage rollouts without Ray: first tries, or what survives of tries with undo, in rows that the judge reads alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from datasets import load_from_disk
+
+from actors.decode import HfDecoder
+from actors.engines import HfEngine
+from pipeline.backtrack.cursor import DecodeRequest
+from pipeline.backtrack.undo import apply_undo
+from pipeline.config import DecodeSettings, EngineSettings, EvaluateSettings, RolloutSettings, Settings, UndoSettings
+from pipeline.stages import rollouts
+from pipeline.stages.io import Codec, decoding_of
+from pipeline.stages.stage import Context
+from tests.pipeline.saved import CONTEXT, PROBLEMS, save_problems_and_models
+
+MAX_TOKENS = 24
+TRAIN = [problem for problem in PROBLEMS if problem.split == "train"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("rollouts")
+    return save_problems_and_models({name: folder / name for name in ("problems", "model")})
+
+
+def settings_of(mode: Any) -> Settings:
+    return Settings(
+        engine=EngineSettings(kind="hf", max_prompt=400, max_num_seqs=8),
+        rollouts=RolloutSettings(mode=mode, samples=2, hot_samples=1, max_tokens=MAX_TOKENS),
+        evaluate=EvaluateSettings(max_tokens=MAX_TOKENS),
+        decode=DecodeSettings(threshold=0.01, max_undos=6, max_undos_per_state=3),
+        undo=UndoSettings(unit="token"),
+    )
+
+
+class Terminal:
+    @contextmanager
+    def stage(self, *_: Any) -> Iterator[Any]:
+        yield SimpleNamespace(update=lambda *_: None)
+
+    def warn(self, text: str) -> None: ...
+
+
+def rows_of(inputs: dict[str, Path], out: Path, settings: Settings) -> list[dict[str, Any]]:
+    engine = HfEngine.from_folder(inputs["model"], settings.engine, CONTEXT)
+    pool = SimpleNamespace(
+        generate=lambda requests, sampling, *_: (engine.generate(requests, sampling), "v"),
+        decode=lambda requests, decoding, *_: (engine.decode(requests, decoding), "v"),
+    )
+    context = SimpleNamespace(
+        settings=settings, round=1, out=out, counts={}, inputs=inputs, digests={"model": "v"}, terminal=Terminal(),
+        workers=SimpleNamespace(pool=lambda *_: pool),
+    )  # fmt: skip
+    rollouts.run(cast(Context, context))
+    return [dict(row) for row in load_from_disk(out)]
+
+
+def test_first_tries_hold_neither_undo_nor_ids_that_mean_nothing(inputs: dict[str, Path], tmp_path: Path) -> None:
+    codec = Codec(inputs["model"], UndoSettings(unit="token"), "{question}\n")
+    rows = rows_of(inputs, tmp_path / "rows", settings_of("forbidden"))
+    assert len(rows) == 3 * len(TRAIN) and codec.spare_ids
+    assert all(token < codec.vocabulary and token != codec.rule.undo_id for row in rows for token in row["token_ids"])
+
+
+def test_what_survives_of_tries_with_undo(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """The rows are those of the decoder, row by row, without what was taken back; each id with its own log-probability."""
+    settings = settings_of("rewind")
+    rows = rows_of(inputs, tmp_path / "rows", settings)
+    codec = Codec(inputs["model"], settings.undo, settings.base.prompt)
+    decoder = HfDecoder.from_folder(inputs["model"], 1, CONTEXT)
+    undone = 0
+    for row in rows:
+        temperature = settings.rollouts.hot_temperature if row["hot"] else settings.rollouts.temperature
+        how = decoding_of(codec, settings.decode, "rewind", temperature, 1.0, MAX_TOKENS)
+        request = DecodeRequest(tuple(row["prompt_ids"]), rollouts.row_seed(settings.run.seed, row["id"]))
+        wanted = decoder.decode([request], how)[0]
+        assert tuple(row["token_ids"]) == wanted.surviving == apply_undo(wanted.ids, codec.rule).surviving
+        places = apply_undo(wanted.ids, codec.rule).source
+        assert row["logprobs"] == pytest.approx([wanted.logprobs[place] for place in places], abs=1e-4)
+        assert row["finish"] == wanted.finish and codec.rule.undo_id not in row["token_ids"]
+        undone += wanted.undos > 0
+    assert undone > 4 and sum(row["hot"] for row in rows) == len(TRAIN)
