@@ -209,6 +209,26 @@ def test_first_errors_by_rollouts(finished: tuple[Path, str]) -> None:
     assert store.manifest(1, "judge").counts["completions"] > 0
 
 
+def test_reinforcement_learning_runs_behind_fine_tuning(finished: tuple[Path, str]) -> None:
+    small = ("steps=2", "problems=4", "group=3", "max_tokens=96", "row_tokens=512", "check_problems=8", "check_every=2")
+    output = run(finished[0], "grpo.control=true", *(f"grpo.{one}" for one in small)).stdout
+    reused = ("problems", "base", "rollouts", "judge", "traces", "sft")
+    assert states(output) == dict.fromkeys(reused, "reused") | dict.fromkeys(("grpo", "evaluate", "report"), "built")
+    store = Store(finished[0] / "smoke")
+    assert store.manifest(1, "grpo").counts == {"rows": 2 * 4 * 3, "steps": 2} | {
+        "tokens": store.manifest(1, "grpo").counts["tokens"]
+    }
+    metrics = json.loads((finished[0] / "smoke" / "metrics.json").read_text())
+    models = ["base", "clean_control", "sft", "grpo_control", "grpo"]
+    assert list(dict.fromkeys(one["model"] for one in metrics["evaluations"])) == models
+    assert {one["after"] for one in metrics["comparisons"]} == {"grpo rewind"}
+    page = (finished[0] / "smoke" / "report.html").read_text()
+    assert "round 1, GRPO: reward" in page and "round 1, GRPO of the control: right" in page
+    saved = [(store.path(1, "grpo") / part / "model.safetensors").read_bytes() for part in (".", "control")]
+    assert saved[0] != saved[1] and saved[0] != (store.path(1, "sft") / "model.safetensors").read_bytes()
+    run(finished[0])  # without it again
+
+
 def test_a_second_round_trains_on_the_traces_of_both(finished: tuple[Path, str]) -> None:
     output = run(finished[0], "run.rounds=2").stdout
     assert re.findall(r"^ *(\d)  (\w+) +\S+ +\S+  built$", output, re.MULTILINE) == [
