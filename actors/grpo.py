@@ -73,16 +73,16 @@ class Grpo:
             attends_by_segment(self._reference)
         self._trained = [part for part in self.model.parameters() if part.requires_grad]
         self._optimiser = torch.optim.AdamW(self._trained, settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
-        total = settings.steps * settings.updates
+        rise, total = settings.warmup + 1, max(1, settings.steps * settings.updates)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimiser, lambda step: min(1.0, (step + 1) / (settings.warmup + 1)) * max(0.0, 1 - step / max(total, 1))
+            self._optimiser, lambda step: min(1.0, (step + 1) / rise) * max(0.0, 1 - step / total)
         )
 
     def learn(self, groups: Sequence[Sequence[int]], rollouts: Sequence[Sampled]) -> Report:
         """One step, of `settings.updates` optimiser steps, on groups of rollouts given by their numbers.
 
         Raises:
-            LearningError: a loss that is no number, or no memory left.
+            LearningError: a loss or a gradient that is no number, or no memory left.
         """
         try:
             return self._learn(groups, rollouts)
@@ -98,6 +98,8 @@ class Grpo:
             self._optimiser.zero_grad()
             sums.add("loss", self.accumulate(step, sums))
             norms.append(float(torch.nn.utils.clip_grad_norm_(self._trained, self.settings.max_grad_norm)))
+            if not math.isfinite(norms[-1]):
+                raise LearningError(f"the gradient is {norms[-1]} at step {self.step + 1}: lower grpo.lr")
             self._optimiser.step()
             self._schedule.step()
         self.step += 1

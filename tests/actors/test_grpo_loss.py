@@ -83,8 +83,8 @@ def perturb(models: list[Any], seed: int, size: float) -> None:
 
 def trl_trainer(path: Path, tmp_path: Path, settings: GrpoSettings) -> Any:
     args = GRPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=6, num_generations=GROUP, max_completion_length=settings.max_tokens,
-        loss_type=settings.loss, epsilon=settings.clip_low, epsilon_high=settings.clip_high, beta=settings.beta,
+        output_dir=str(tmp_path), per_device_train_batch_size=6, num_generations=GROUP,
+        max_completion_length=settings.max_tokens, loss_type=settings.loss, epsilon=settings.clip_low, epsilon_high=settings.clip_high, beta=settings.beta,
         num_iterations=settings.updates, vllm_importance_sampling_mode="token_truncate", scale_rewards="none",
         vllm_importance_sampling_clip_max=settings.importance_cap, use_cpu=True, bf16=False, report_to="none",
         gradient_checkpointing=False,
