@@ -89,39 +89,58 @@ Tree = tuple[Segment, list[int]]
 """A tree, and the numbers of the rollouts in it."""
 
 
-def trees(groups: Sequence[Sequence[int]], rollouts: Sequence[Sampled], policy: Policy, most: int) -> list[Tree]:
+def trees(
+    groups: Sequence[Sequence[int]], rollouts: Sequence[Sampled], policy: Policy, most: int, dense: int | None = None
+) -> list[Tree]:
     """One tree a group, and the numbers of its rollouts; a group whose tree has more than `most` tokens is cut in halves.
+
+    Args:
+        dense: how many visible tokens cost as much in attention as a token's linear layers do. A group is then cut where its
+            halves are less work as well: what they share is there twice, but a tree's mask spans all its branches.
 
     Raises:
         ValueError: a single rollout is longer.
     """
-    found = []
-    waiting = [list(group) for group in reversed(groups) if group]
+
+    def grown(numbers: list[int]) -> Tree:
+        return rewind(grow([rollouts[number].walk for number in numbers], policy.rule, policy.rewinding)), numbers
+
+    def work(segment: Segment, dense: int) -> int:
+        return len(segment.ids) * (dense + len(segment.ids))
+
+    found: list[Tree] = []
+    # Rollouts that begin alike stay together.
+    waiting = [grown(sorted(group, key=lambda number: rollouts[number].walk.ids)) for group in reversed(groups) if group]
     while waiting:
-        numbers = waiting.pop()
-        segment = rewind(grow([rollouts[number].walk for number in numbers], policy.rule, policy.rewinding))
-        if len(segment.ids) <= most:
-            found.append((segment, numbers))
-        elif len(numbers) == 1:
+        segment, numbers = waiting.pop()
+        fits, half = len(segment.ids) <= most, len(numbers) // 2
+        if not (fits or half):
             raise ValueError(f"a rollout with its prompt takes {len(segment.ids)} tokens, rows have {most}: raise row_tokens")
+        if not half or fits and dense is None:
+            found.append((segment, numbers))
+            continue
+        halves = [grown(numbers[half:]), grown(numbers[:half])]
+        if fits and dense is not None and sum(work(one, dense) for one, _ in halves) >= work(segment, dense):
+            found.append((segment, numbers))
         else:
-            waiting += [numbers[len(numbers) // 2 :], numbers[: len(numbers) // 2]]
+            waiting += halves
     return found
 
 
 def batches(
     groups: Sequence[Sequence[int]], rollouts: Sequence[Sampled], weights: Sequence[float], policy: Policy, row_tokens: int,
-    rows: int, pad_id: int, by_segment: bool,
+    rows: int, pad_id: int, by_segment: bool, dense: int | None = None,
 ) -> Iterator[Rows]:  # fmt: skip
     """All trees in packed rows, `rows` of them at a time.
 
     Args:
         groups: for each group the numbers of its rollouts.
         weights: [rollouts] what one action of each counts.
+        dense: see `trees`; for attention by segment, which does not span whole rows.
     """
     packed: list[list[Tree]] = []
     free: list[int] = []
-    for tree in sorted(trees(groups, rollouts, policy, row_tokens), key=lambda one: -len(one[0].ids)):
+    for tree in sorted(trees(groups, rollouts, policy, row_tokens, dense), key=lambda one: -len(one[0].ids)):
         size = len(tree[0].ids)
         at = next((index for index, room in enumerate(free) if size <= room), None)
         if at is None:

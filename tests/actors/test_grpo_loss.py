@@ -83,9 +83,9 @@ def perturb(models: list[Any], seed: int, size: float) -> None:
 
 def trl_trainer(path: Path, tmp_path: Path, settings: GrpoSettings) -> Any:
     args = GRPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=6, num_generations=GROUP,
-        max_completion_length=settings.max_tokens, loss_type=settings.loss, epsilon=settings.clip_low, epsilon_high=settings.clip_high, beta=settings.beta,
-        num_iterations=settings.updates, vllm_importance_sampling_mode="token_truncate", scale_rewards="none",
+        output_dir=str(tmp_path), per_device_train_batch_size=6, num_generations=GROUP, num_iterations=settings.updates,
+        max_completion_length=settings.max_tokens, loss_type=settings.loss, beta=settings.beta, scale_rewards="none",
+        epsilon=settings.clip_low, epsilon_high=settings.clip_high, vllm_importance_sampling_mode="token_truncate",
         vllm_importance_sampling_clip_max=settings.importance_cap, use_cpu=True, bf16=False, report_to="none",
         gradient_checkpointing=False,
     )  # fmt: skip

@@ -90,9 +90,9 @@ def equal(found: list[tuple[int, float]], expected: list[tuple[int, float]], wit
     assert [value for _, value in found] == pytest.approx([value for _, value in expected], abs=within)
 
 
-def rows_of(drawn: Any, row_tokens: int = ROW, rows: int = 8, by_segment: bool = False) -> list[Rows]:
+def rows_of(drawn: Any, row_tokens: int = ROW, rows: int = 8, by_segment: bool = False, dense: int | None = None) -> list[Rows]:
     policy, numbers, rollouts = drawn
-    return list(batches(numbers, rollouts, [1.0] * len(rollouts), policy, row_tokens, rows, 0, by_segment))
+    return list(batches(numbers, rollouts, [1.0] * len(rollouts), policy, row_tokens, rows, 0, by_segment, dense))
 
 
 @pytest.mark.parametrize("by_segment", [False, True])
@@ -185,20 +185,32 @@ def test_a_closed_run_has_no_end() -> None:
 @given(groups())
 def test_a_group_too_long_for_a_row_is_cut_and_scored_alike(drawn: Any) -> None:
     policy, _, rollouts = drawn
-    wide, narrow = (rows_of(drawn, row_tokens) for row_tokens in (256, 16))
+    wide, narrow, cheap = (rows_of(drawn, *how) for how in ((256,), (16,), (256, 8, True, 4)))
     assert all(part.inputs["input_ids"].shape[1] <= 16 for part in narrow)
-    fast, slow = (scored(model_of(False), some, policy) for some in (narrow, wide))
-    assert fast.keys() == slow.keys() == {number for number, one in enumerate(rollouts) if one.walk.ids}
-    for number in fast:
-        equal(fast[number], slow[number])
+    slow = scored(model_of(False), wide, policy)
+    for fast in (scored(model_of(False), narrow, policy), scored(model_of(True), cheap, policy)):
+        assert fast.keys() == slow.keys() == {number for number, one in enumerate(rollouts) if one.walk.ids}
+        for number in fast:
+            equal(fast[number], slow[number])
 
 
 def test_a_group_is_cut_in_halves() -> None:
-    walks = [Walk((5,), tuple(random.Random(seed).choices(range(7), k=9))) for seed in range(5)]
+    """Those that begin alike stay together."""
+    walks = [Walk((5,), (first, *random.Random(seed).choices(range(7), k=8))) for seed, first in enumerate((1, 0, 1, 2, 0))]
     rollouts = [Sampled(walk, (0.0,) * 9) for walk in walks]
     found = trees([[0, 1, 2, 3, 4]], rollouts, Policy(rule("token"), "immediate"), 20)
-    assert [numbers for _, numbers in found] == [[0, 1], [2], [3, 4]]
+    assert [len(numbers) for _, numbers in found] == [2, 1, 2]
+    assert [walks[number].ids[0] for _, numbers in found for number in numbers] == [0, 0, 1, 1, 2]
     assert all(len(segment.ids) <= 20 for segment, _ in found)
+
+
+def test_a_group_is_cut_where_that_is_less_work() -> None:
+    """Four rollouts of 20 ids that share nothing but the prompt: 81 x (dense + 81) against 4 x 21 x (dense + 21)."""
+    policy = Policy(rule("token"), "immediate")
+    apart = [Sampled(Walk((5,), (first,) * 20), (0.0,) * 20) for first in (0, 1, 2, 4)]
+    together = [Sampled(Walk((5,), (*[1] * 20, last)), (0.0,) * 21) for last in (0, 1, 2, 4)]
+    for rollouts, dense, pieces in ((apart, 20, 4), (apart, 10_000, 1), (together, 20, 1), (apart, None, 1)):
+        assert len(trees([[0, 1, 2, 3]], rollouts, policy, 100, dense)) == pieces
 
 
 def test_a_rollout_longer_than_a_row_is_refused() -> None:
