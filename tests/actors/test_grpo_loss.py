@@ -106,7 +106,8 @@ def trl_logprobs(trainer: Any, model: Any, inputs: dict[str, torch.Tensor]) -> t
     # What is left out of the loss is there all the same.
     mask = torch.cat([inputs["prompt_mask"], torch.ones_like(inputs["completion_ids"])], 1)
     with torch.no_grad():
-        logprobs: torch.Tensor = trainer._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_ids"].shape[1])[0]
+        length = inputs["completion_ids"].shape[1]
+        logprobs: torch.Tensor = trainer._get_per_token_logps_and_entropies(model, ids, mask, length)[0]
     return logprobs
 
 
