@@ -77,7 +77,7 @@ class Grpo:
             attends_by_segment(self._reference)
         self._trained = [part for part in self.model.parameters() if part.requires_grad]
         self._optimiser = torch.optim.AdamW(self._trained, settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
-        rise, total = settings.warmup + 1, max(1, settings.steps * settings.updates)
+        rise, total = settings.warmup + 1, settings.steps * settings.updates or math.inf
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimiser, lambda step: min(1.0, (step + 1) / rise) * max(0.0, 1 - step / total)
         )

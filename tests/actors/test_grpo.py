@@ -157,6 +157,12 @@ def test_the_learning_rate_warms_up(folder: tuple[Path, int]) -> None:
     assert rates == pytest.approx([0.0025, 0.0075, 0.01, 0.01])  # two optimiser steps each
 
 
+def test_the_learning_rate_falls_to_nothing_at_the_end(folder: tuple[Path, int]) -> None:
+    learner = grpo(folder, steps=4, warmup=0, lr=0.01)
+    rates = [learner.learn(GROUPS, rollouts(folder[1]))["lr"] for _ in range(4)]
+    assert rates == pytest.approx([0.0075, 0.005, 0.0025, 0.0])  # of the step to come
+
+
 # ---- rollouts of another policy ----
 
 
