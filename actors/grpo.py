@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.decode import HfDecoder
+from actors.learner import TrainingError
 from actors.memory import out_of_memory
 from actors.policy import Policy, Rows, Sampled, batches, score
 from actors.segments import attends_by_segment
@@ -36,7 +37,7 @@ _STATE = "learner.pt"
 _DENSE = 4
 
 
-class LearningError(RuntimeError):
+class LearningError(TrainingError):
     """Learning cannot go on; one line."""
 
 

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         settings = load_settings(_config_file(options.config), options.overrides)
         selection = Selection(tuple(options.only), options.first, options.last, options.force)
+        _import_rewards(settings)
     except (ConfigError, StageError) as error:
         terminal.error(str(error))
         return _USAGE
@@ -53,6 +54,17 @@ def main(arguments: Sequence[str]) -> int:
     except (StageError, StoreError) as error:
         terminal.error(str(error))
         return _FAILED
+
+
+def _import_rewards(settings: Settings) -> None:
+    """Rewards of the user's own are not found missing after an hour of other stages."""
+    if settings.grpo.steps and settings.grpo.reward.custom:
+        from rewards.combine import RewardError, Rewards
+
+        try:
+            Rewards(settings.grpo.reward)
+        except RewardError as error:
+            raise ConfigError(f"grpo.reward.{error}") from error
 
 
 def run_folder(settings: Settings) -> Path:
@@ -97,8 +109,9 @@ def _expected(error: Exception) -> bool:
     """Errors that say in one line what is wrong; anything else is a bug and shows its traceback."""
     from actors.cluster import ClusterError
     from actors.learner import TrainingError
+    from rewards.combine import RewardError
 
-    return isinstance(error, StageError | StoreError | ClusterError | TrainingError)
+    return isinstance(error, StageError | StoreError | ClusterError | TrainingError | RewardError)
 
 
 def _config_file(name: str) -> Path:

@@ -107,3 +107,10 @@ def test_unknown_stage_and_order(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_stage_whose_input_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", "smoke", f"run.root={tmp_path}", "--only", "judge"]) == 1
     assert "judge needs problems of round 0, which is not there: select it too" in one_line(capsys)
+
+
+def test_a_reward_of_ones_own_is_missed_before_any_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["grpo.steps=5", "grpo.reward.custom.mine.function=no_such_module_at_all:f"]
+    assert main(["--config", "smoke", f"run.root={tmp_path / 'runs'}", *wanted]) == 2
+    assert "grpo.reward.custom.mine: cannot import no_such_module_at_all:f: ModuleNotFoundError" in one_line(capsys)
+    assert not (tmp_path / "runs").exists()

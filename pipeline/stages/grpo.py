@@ -165,7 +165,9 @@ class _Loop:
 
     def _start_pool(self, source: Path) -> RolloutPool:
         kind: EngineKind | None = None if self._asked.engine == "auto" else self._asked.engine
-        if kind is None and self._context.settings.engine.kind == "auto" and parameters(source) < _SMALL:
+        settings = self._context.settings
+        on_gpus = settings.cluster.rollout.gpus > 0
+        if kind is None and settings.engine.kind == "auto" and not on_gpus and parameters(source) < _SMALL:
             kind = "hf"
         context = self._context
         return context.workers.pool(source, f"{context.digests['sft']}/{self._name}", context_length(context), kind)
