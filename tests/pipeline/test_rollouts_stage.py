@@ -36,7 +36,7 @@ def settings_of(mode: Any) -> Settings:
         engine=EngineSettings(kind="hf", max_prompt=400, max_num_seqs=8),
         rollouts=RolloutSettings(mode=mode, samples=2, hot_samples=1, max_tokens=MAX_TOKENS),
         evaluate=EvaluateSettings(max_tokens=MAX_TOKENS),
-        decode=DecodeSettings(threshold=0.01, max_undos=6, max_undos_per_state=3),
+        decode=DecodeSettings(threshold=0.0003, max_undos=6, max_undos_per_state=3),
         undo=UndoSettings(unit="token"),
     )
 
@@ -84,7 +84,7 @@ def test_what_survives_of_tries_with_undo(inputs: dict[str, Path], tmp_path: Pat
         wanted = decoder.decode([request], how)[0]
         assert tuple(row["token_ids"]) == wanted.surviving == apply_undo(wanted.ids, codec.rule).surviving
         places = apply_undo(wanted.ids, codec.rule).source
-        assert row["logprobs"] == pytest.approx([wanted.logprobs[place] for place in places], abs=1e-4)
+        assert row["logprobs"] == pytest.approx([wanted.logprobs[place] for place in places], abs=2e-3)  # by batch and alone
         assert row["finish"] == wanted.finish and codec.rule.undo_id not in row["token_ids"]
         undone += wanted.undos > 0
     assert undone > 4 and sum(row["hot"] for row in rows) == len(TRAIN)
