@@ -77,7 +77,7 @@ def test_a_loss_that_is_no_number_in_one_worker(source: Path, tmp_path: Path, wo
 def test_a_worker_that_is_killed_is_named_and_its_run_goes_on(source: Path, tmp_path: Path, workers: Workers) -> None:
     """Killed from outside between two checkpoints; the next call goes on from the last one."""
     # Large steps: the training must not be over before the first look at it.
-    large = {"steps": 60, "checkpoint_every": 10, "rows": 12, "row_tokens": 256}
+    large = {"steps": 60, "checkpoint_every": 10, "rows": 96, "row_tokens": 256}
     data, settings = thirty_traces(source), SftSettings(**COMMON | large)
     alone = fit(source, tmp_path / "alone", data, settings, 0, Curve())
 
