@@ -19,14 +19,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.decode import HfDecoder
 from actors.learner import TrainingError
 from actors.memory import out_of_memory
 from actors.policy import Policy, Rows, Sampled, batches, score
 from actors.segments import attends_by_segment
 from actors.trainable import merged, prepare, save
 from actors.weights import Weights
-from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.grpo_config import GrpoSettings
 from pipeline.telemetry import redirect_process_output
 
@@ -192,14 +190,6 @@ class Grpo:
         without = nullcontext() if self._reference is not None else self.model.disable_adapter()
         with without:
             return self._logprobs(self._reference if self._reference is not None else self.model, rows)
-
-    def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding, max_num_seqs: int, row_tokens: int) -> list[Decoded]:
-        """By the model as it is now."""
-        training = self.model.training
-        self.model.eval()
-        found = HfDecoder(self.model, max_num_seqs, row_tokens).decode(requests, decoding)
-        self.model.train(training)
-        return found
 
     def weights(self, dtype: str) -> Weights:
         """For engines: adapters merged."""

@@ -7,7 +7,6 @@ from typing import Any
 
 from pipeline.report import MEASURES, Line, Plot
 
-_UNDO = (("undo", "undo"), ("spurious", "spurious undo"))
 _KINDS = ("hindsight", "forward")
 
 

@@ -12,13 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import actors.grpo
-from actors.decode import HfDecoder
 from actors.engines import HfEngine
 from actors.grpo import Grpo, LearningError, Step, Sums, loss_weights
 from actors.policy import Policy, Sampled
 from actors.trainable import Trainable
 from actors.weights import check_weights
-from pipeline.backtrack.cursor import DecodeRequest, Decoding
 from pipeline.backtrack.tree import Walk
 from pipeline.backtrack.undo import UndoRule
 from pipeline.grpo_config import GrpoSettings, LoraSettings
@@ -338,16 +336,3 @@ def test_no_memory_left(folder: tuple[Path, int], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(actors.grpo, "score", full)
     with pytest.raises(LearningError, match=r"out of memory at step 1: lower grpo\.rows or grpo\.row_tokens"):
         grpo(folder).learn(GROUPS, rollouts(folder[1]))
-
-
-def test_it_decodes_with_the_model_as_it_is(folder: tuple[Path, int], tmp_path: Path) -> None:
-    learner = grpo(folder, trainable="lora", lr=3e-2)
-    decoding = Decoding("rewind", 1.0, 1.0, 12, 0, learner.policy.rule, threshold=None, undo_bias=0.5)
-    requests = [DecodeRequest((30, 31), seed) for seed in range(6)]
-    before = learner.decode(requests, decoding, 4, 64)
-    learner.learn(GROUPS, rollouts(folder[1]))
-    after = learner.decode(requests, decoding, 4, 64)
-    assert after != before and learner.model.training
-    learner.save(tmp_path)
-    again = HfDecoder.from_folder(tmp_path, 4, 64).decode(requests, decoding)
-    assert [one.ids for one in again] == [one.ids for one in after]

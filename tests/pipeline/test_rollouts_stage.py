@@ -84,7 +84,7 @@ def test_what_survives_of_tries_with_undo(inputs: dict[str, Path], tmp_path: Pat
         wanted = decoder.decode([request], how)[0]
         assert tuple(row["token_ids"]) == wanted.surviving == apply_undo(wanted.ids, codec.rule).surviving
         places = apply_undo(wanted.ids, codec.rule).source
-        assert row["logprobs"] == pytest.approx([wanted.logprobs[place] for place in places], abs=2e-3)  # by batch and alone
+        assert row["logprobs"] == pytest.approx([wanted.logprobs[place] for place in places], rel=3e-4, abs=5e-4)
         assert row["finish"] == wanted.finish and codec.rule.undo_id not in row["token_ids"]
         undone += wanted.undos > 0
     assert undone > 4 and sum(row["hot"] for row in rows) == len(TRAIN)
