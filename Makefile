@@ -8,11 +8,12 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
 endif
 VENV_PYTHON := .venv/bin/python
 
-.PHONY: help setup run test lint clean
+.PHONY: help setup run test fuzz lint clean
 
 help:
 	@echo 'make run     set up, then run the loop; ARGS="..." goes to run.py'
 	@echo 'make test    set up, then run the tests; ARGS="..." goes to pytest'
+	@echo 'make fuzz    set up, then the property tests alone, on other examples each time'
 	@echo 'make lint    set up, then ruff and mypy'
 	@echo 'make setup   make .venv; EXTRA=gpu for NVIDIA GPUs, PYTHON=/path/to/python3.12 for another Python'
 	@echo 'make clean   remove .venv and caches; runs/ stays'
@@ -26,6 +27,9 @@ run: setup
 
 test: setup
 	@$(VENV_PYTHON) -m pytest $(ARGS)
+
+fuzz: setup
+	@$(VENV_PYTHON) -m pytest -m hypothesis --hypothesis-profile=default $(ARGS)
 
 lint: setup
 	@$(VENV_PYTHON) -m ruff check .

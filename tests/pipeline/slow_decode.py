@@ -59,7 +59,9 @@ def run_behind(ids: Sequence[int], decoding: Decoding) -> int:
 
 
 class History:
-    """What the ids so far say about returns and bans. A deferred run at their end counts when it is `ended`."""
+    """What the ids so far say about returns and bans. A deferred run at their end counts when it is `ended`.
+
+    `logprobs` are the ids' own: what the decision for or against an undo was worth says nothing about the other paths."""
 
     def __init__(
         self, ids: list[int], logprobs: list[float], alternatives: list[float], decoding: Decoding, size: int, ended: bool
@@ -126,7 +128,8 @@ def slow_decode(
     luck = np.random.Generator(np.random.Philox([request.seed, 1])).random(decoding.max_tokens).tolist()
     closed: set[int] = set()
     ids: list[int] = []
-    logprobs: list[float] = []
+    own: list[float] = []
+    decisions: list[float] = []
     alternatives: list[float] = []
     banned: list[frozenset[int]] = []
     doubted = False
@@ -135,7 +138,8 @@ def slow_decode(
     def emit(token: int, scores: list[float], bans: frozenset[int], certain: bool = False, explored: bool = False) -> None:
         turned = explored and luck[len(ids)] < epsilon
         ids.append(token)
-        logprobs.append((0.0 if certain else scores[token]) + (math.log(epsilon if turned else 1 - epsilon) if explored else 0.0))
+        own.append(0.0 if certain else scores[token])
+        decisions.append(math.log(epsilon if turned else 1 - epsilon) if explored else 0.0)
         alternatives.append(alternative_of(scores, token, undo_id))
         banned.append(bans - undo_alone if explored else none if certain else bans)
 
@@ -147,7 +151,7 @@ def slow_decode(
     def may_undo(ended: bool) -> bool:
         if decoding.mode == "forbidden" or ids.count(undo_id) >= decoding.max_undos or len(ids) >= decoding.max_tokens - 1:
             return False
-        history = History(ids, logprobs, alternatives, decoding, size, ended)
+        history = History(ids, own, alternatives, decoding, size, ended)
         back = apply_undo([*ids, undo_id], rule)
         return back.noops == apply_undo(ids, rule).noops and history.returns[back.surviving] < decoding.max_undos_per_state
 
@@ -185,7 +189,7 @@ def slow_decode(
         if allowed and last_doubted:
             emit(undo_id, logprobs_of(logits, none), none, True)
             continue
-        history = History(ids, logprobs, alternatives, decoding, size, ended=True)
+        history = History(ids, own, alternatives, decoding, size, ended=True)
         explored = allowed and epsilon > 0
         if allowed and threshold is not None:
             wanted = math.exp(logprobs_of(logits, none)[undo_id]) > threshold
@@ -201,6 +205,7 @@ def slow_decode(
         closed.add(len(ids) - 1)
     undone = apply_undo(ids, rule)
     finish: Finish = "stop" if ids[-1] == decoding.stop_id else "length"
+    logprobs = tuple(one + decision for one, decision in zip(own, decisions, strict=True))
     return Decoded(
-        tuple(ids), undone.surviving, tuple(logprobs), tuple(banned), undone.undos, undone.noops, finish, frozenset(closed)
+        tuple(ids), undone.surviving, logprobs, tuple(banned), undone.undos, undone.noops, finish, frozenset(closed)
     )
