@@ -40,6 +40,9 @@ class GrpoSettings(Section):
     credit: Literal["sequence", "segment", "tree"] = Field(
         "sequence", description="Who earns a reward: whole rollouts, each run between undos, or each branch of the group's tree."
     )
+    blame_deleted: bool = Field(
+        True, description="Whether deleted ids of a rollout that earned little become less likely; they never become likelier."
+    )
     undo_credit: float = Field(0.0, ge=0, le=100, description="Added to the advantage of an undo that makes a state right.")
     undo: Literal["sampled", "epsilon"] = Field(
         "sampled",

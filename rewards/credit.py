@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from statistics import fmean, stdev
 from typing import Literal
 
@@ -38,7 +39,7 @@ def spread(rewards: Sequence[float]) -> float:
 
 def advantages(
     group: Sequence[Episode], rule: UndoRule, kind: Credit, scale: float | None = None, undo_credit: float = 0.0,
-    rewinding: Rewinding = "deferred",
+    rewinding: Rewinding = "deferred", blame_deleted: bool = True,
 ) -> list[tuple[float, ...]]:  # fmt: skip
     """[rollouts][ids] The advantage of each emitted id.
 
@@ -53,6 +54,8 @@ def advantages(
     Args:
         scale: what differences are divided by; None takes the group's own standard deviation, 1 leaves them as they are.
         undo_credit: added to each U of a run, times `own_credit`.
+        blame_deleted: whether a deleted id may have a negative advantage; otherwise it has none. Blame without praise wears away
+            whatever gets deleted, the right consequences that show a choice to be wrong as well.
     """
     rewards = [one.reward for one in group]
     divisor = spread(rewards) + EPSILON if scale is None else scale
@@ -68,7 +71,8 @@ def advantages(
             for index in range(run.start, run.end):
                 scaled[index] += undo_credit * own_credit(run)
         deleted_by = apply_undo(one.walk.ids, rule).deleted_by
-        found.append(tuple(min(value, 0.0) if by >= 0 else value for value, by in zip(scaled, deleted_by, strict=True)))
+        least = -inf if blame_deleted else 0.0
+        found.append(tuple(max(min(value, 0.0), least) if by >= 0 else value for value, by in zip(scaled, deleted_by, strict=True)))
     return found
 
 

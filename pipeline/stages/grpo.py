@@ -280,7 +280,9 @@ class _Loop:
                 one = batch.decoded[row]
                 walk = Walk(prompt, one.ids, one.logprobs, one.banned, closed=one.closed)
                 episodes.append(Episode(walk, scored.rewards[row], rollouts[row].undo_runs))
-            earned = advantages(episodes, self._codec.rule, asked.credit, scale, asked.undo_credit, self._decoding.rewinding)
+            earned = advantages(
+                episodes, self._codec.rule, asked.credit, scale, asked.undo_credit, self._decoding.rewinding, asked.blame_deleted
+            )
             numbers.append(list(range(len(found), len(found) + len(group))))
             for row, episode, values in zip(group, episodes, earned, strict=True):
                 counts = not (asked.mask_overlong and batch.decoded[row].finish == "length")

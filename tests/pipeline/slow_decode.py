@@ -206,6 +206,4 @@ def slow_decode(
     undone = apply_undo(ids, rule)
     finish: Finish = "stop" if ids[-1] == decoding.stop_id else "length"
     logprobs = tuple(one + decision for one, decision in zip(own, decisions, strict=True))
-    return Decoded(
-        tuple(ids), undone.surviving, logprobs, tuple(banned), undone.undos, undone.noops, finish, frozenset(closed)
-    )
+    return Decoded(tuple(ids), undone.surviving, logprobs, tuple(banned), undone.undos, undone.noops, finish, frozenset(closed))

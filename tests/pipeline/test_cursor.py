@@ -109,7 +109,8 @@ requests = st.builds(
 @settings(deadline=None, max_examples=600)
 @given(requests, decodings)
 @example(  # a decision turned round within a line that is then taken back
-    DecodeRequest((1, 1), 0, (1, 1)), replace(STEP, temperature=0.7, max_tokens=11, threshold=0.3, max_undos_per_state=100, undo_epsilon=0.4)
+    DecodeRequest((1, 1), 0, (1, 1)),
+    replace(STEP, temperature=0.7, max_tokens=11, threshold=0.3, max_undos_per_state=100, undo_epsilon=0.4),
 )
 def test_equals_the_definition_from_the_ids(request: DecodeRequest, decoding: Decoding) -> None:
     if decoding.mode == "forbidden":

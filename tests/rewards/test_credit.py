@@ -276,10 +276,12 @@ def test_a_deleted_id_never_gets_a_positive_advantage(
 ) -> None:
     unit, rewinding, group = drawn
     found = advantages(group, rule(unit), kind, scale, undo_credit, rewinding)
-    for one, values in zip(group, found, strict=True):
+    unblamed = advantages(group, rule(unit), kind, scale, undo_credit, rewinding, blame_deleted=False)
+    for one, values, others in zip(group, found, unblamed, strict=True):
         deleted_by = apply_undo(one.walk.ids, rule(unit)).deleted_by
         assert len(values) == len(one.walk.ids)
         assert all(value <= 0 for value, by in zip(values, deleted_by, strict=True) if by >= 0)
+        assert others == tuple(0.0 if by >= 0 else value for value, by in zip(values, deleted_by, strict=True))
 
 
 @given(groups())
