@@ -135,7 +135,8 @@ def calibrate(
     def judged(decoding: Decoding, first: Sequence[Completion] | None) -> tuple[list[Completion], list[Evaluated]]:
         done = [_completion(one) for one in decoder.decode(requests, decoding)]
         cases = zip(chosen, done, first or done, strict=True)
-        return done, [evaluated(model, decoding.mode, problem, one, other, codec) for problem, one, other in cases]
+        how = (decoding.mode, decoding.temperature)
+        return done, [evaluated(model, *how, problem, one, other, codec) for problem, one, other in cases]
 
     def _completion(one: Decoded) -> Completion:
         return Completion(one.ids, (), one.finish)

@@ -59,14 +59,11 @@ def _lines(settings: Settings, metrics: Mapping[str, Any], model: str) -> Iterat
     for name, found in metrics["counts"]["training"].items():
         yield f"- Training run `{name}`: {found['step']} steps, {found['tokens']:,} tokens."
     yield from ("", "## How it was measured", "")
-    yield (
-        f"Round {shown}, test split, temperature {settings.evaluate.temperature:g}, one seed; 95 % intervals over problems. Tokens "
-        "count what was deleted."
-    )
+    yield f"Round {shown}, test split, one seed; 95 % intervals over problems. Tokens count what was deleted."
     yield from (
         "",
-        "| model | mode | problems | n | accuracy | tokens a problem | undo rate | spurious |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | mode | temperature | problems | n | accuracy | tokens a problem | undo rate | spurious |",
+        "|---|---|---|---|---|---|---|---|---|",
     )
     for row in metrics["evaluations"]:
         if row["round"] == shown and row["split"] == "test" and row["group"] in GROUPS and row["n"]:
@@ -76,7 +73,8 @@ def _lines(settings: Settings, metrics: Mapping[str, Any], model: str) -> Iterat
                 _shown(row.get("tokens_per_problem"), ".0f"),
                 *(_shown(row.get(f"{key}_rate"), ".3f") for key in ("undo", "spurious_undo")),
             )
-            yield f"| {row['model']} | {row['mode']} | {row['group']} | {row['n']} | {accuracy} | {' | '.join(rest)} |"
+            place = f"{row['model']} | {row['mode']} | {row['temperature']:g} | {row['group']} | {row['n']}"
+            yield f"| {place} | {accuracy} | {' | '.join(rest)} |"
     yield from ("", "## How to decode", "")
     yield (
         'Deleted tokens have to leave the context as they did in training: `python -m actors.generate --model FOLDER "question"`. '

@@ -318,6 +318,9 @@ class DecodeSettings(Section):
 
 class EvaluateSettings(SamplingSettings):
     temperature: float = Field(0.0, ge=0, le=5, description="0 decodes greedily.")
+    also_at: list[Annotated[float, Field(ge=0, le=5)]] = Field(
+        [], description="More temperatures, at which the first mode decodes the test split again."
+    )
     modes: list[Literal["rewind", "soft", "guided"]] = Field(
         ["rewind", "soft"],
         min_length=1,
@@ -342,6 +345,12 @@ class EvaluateSettings(SamplingSettings):
         if len(set(value)) < len(value):
             raise ValueError("must name each mode once")
         return value
+
+    @model_validator(mode="after")
+    def _other_temperatures(self) -> Self:
+        if len({self.temperature, *self.also_at}) <= len(self.also_at):
+            raise ValueError(f"also_at must name other temperatures than {self.temperature:g}, each once, is {self.also_at}")
+        return self
 
 
 _VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")

@@ -25,6 +25,7 @@ class Evaluated:
     split: str
     family: str
     hindsight: bool
+    temperature: float
     correct: bool
     """Of the surviving text."""
     first_correct: bool
@@ -57,12 +58,26 @@ class Probed:
     """Log-probability, in nats, of the tokens of the wrong decision given what stands before them."""
 
 
-def summarise(rows: Sequence[Evaluated], probes: Sequence[Probed], round: int, temperature: float, main: str) -> dict[str, Any]:
+def summarise(rows: Sequence[Evaluated], probes: Sequence[Probed], round: int, main: str) -> dict[str, Any]:
     """Everything of one round that `metrics.json` holds; None wherever there are no rows to measure on.
 
     Args:
         main: the mode in which models are compared.
     """
+    temperatures = dict.fromkeys(row.temperature for row in rows)
+    found = [_at_temperature([row for row in rows if row.temperature == one], round, one, main) for one in temperatures]
+    models = dict.fromkeys(row.model for row in rows)
+    return {
+        "evaluations": [row for evaluations, _ in found for row in evaluations],
+        "comparisons": [row for _, comparisons in found for row in comparisons],
+        "probes": [_detection(probes, round, model, *group) for model in models for group in _groups(probes)] if probes else [],
+    }
+
+
+def _at_temperature(
+    rows: Sequence[Evaluated], round: int, temperature: float, main: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(evaluations, comparisons)"""
     models = list(dict.fromkeys(row.model for row in rows))
     modes = list(dict.fromkeys(row.mode for row in rows))
     measured = {(row.model, row.mode, row.split) for row in rows}
@@ -80,16 +95,14 @@ def summarise(rows: Sequence[Evaluated], probes: Sequence[Probed], round: int, t
                 first = figures([_first_try(row) for row in chosen[model, main]])
                 del first["cut_at_max_tokens"]  # how first tries ended is not kept
                 evaluations.append(place | {"mode": "forbidden"} | first)
-            comparisons += _compare(chosen, round, split, group, main, trained_model(rows))
-    return {
-        "evaluations": evaluations,
-        "comparisons": comparisons,
-        "probes": [_detection(probes, round, model, *group) for model in models for group in _groups(probes)] if probes else [],
-    }
+            place = {"round": round, "split": split, "group": group, "temperature": temperature}
+            comparisons += [place | one for one in _compare(chosen, main, trained_model(rows))]
+    return evaluations, comparisons
 
 
 def accepted(rows: Sequence[Evaluated], main: str) -> bool:
-    """Whether the trained model may start the next round: its dev accuracy in mode `main` is not below the start model's."""
+    """Whether the trained model may start the next round: its dev accuracy in mode `main` is not below the start model's. The
+    dev split is decoded at one temperature."""
 
     def right(model: str) -> int:
         return sum(row.correct for row in rows if (row.model, row.mode, row.split) == (model, main, "dev"))
@@ -132,12 +145,12 @@ def _first_try(row: Evaluated) -> Evaluated:
 
 def tokens_table(evaluations: Sequence[dict[str, Any]]) -> list[str]:
     """Lines for people: all modes of each model side by side on all test problems, with what they spent."""
-    lines = [f"{'test split':15}{'mode':10}{'accuracy':>9}{'95 %':>15}{'tokens':>9}{'with undo':>11}{'spurious':>10}"]
+    lines = [f"{'test split':15}{'mode':10}{'at':>4}{'accuracy':>9}{'95 %':>15}{'tokens':>9}{'with undo':>11}{'spurious':>10}"]
     for row in evaluations:
         if (row["split"], row["group"]) == ("test", "all") and row["n"]:
             interval = "{:.3f} .. {:.3f}".format(*row["ci95"])
             spent = f"{row['tokens_per_problem']:9.1f}{row['undo_rate']:11.3f}{row['spurious_undo_rate']:10.3f}"
-            lines.append(f"{row['model']:15}{row['mode']:10}{row['accuracy']:9.3f}{interval:>15}{spent}")
+            lines.append(f"{row['model']:15}{row['mode']:10}{row['temperature']:4g}{row['accuracy']:9.3f}{interval:>15}{spent}")
     return lines if len(lines) > 1 else []
 
 
@@ -157,9 +170,7 @@ def figures(rows: Sequence[Evaluated]) -> dict[str, Any]:
     }
 
 
-def _compare(
-    chosen: dict[tuple[str, str], list[Evaluated]], round: int, split: str, group: str, main: str, trained: str
-) -> list[dict[str, Any]]:
+def _compare(chosen: dict[tuple[str, str], list[Evaluated]], main: str, trained: str) -> list[dict[str, Any]]:
     """The trained model in the main mode against its first tries, its other modes, and what the others do at their best."""
     if (trained, main) not in chosen:
         return []
@@ -172,7 +183,7 @@ def _compare(
     for name, before in answers:
         difference = paired(before, [row.correct for row in own])
         if difference:
-            place = {"round": round, "split": split, "group": group, "before": name, "after": f"{trained} {main}"}
+            place = {"before": name, "after": f"{trained} {main}"}
             interval = {"ci95": [difference.low, difference.high]}
             counts = {key: value for key, value in asdict(difference).items() if key not in ("low", "high")}
             found.append(place | counts | interval)

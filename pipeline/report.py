@@ -203,10 +203,12 @@ def render(page: Page) -> str:
     metrics = page.metrics
     last = max((one["round"] for one in metrics["rounds"]), default=0)
     mode_of = {one["round"]: one["mode"] for one in metrics["rounds"]}
-    main = [row for row in metrics["evaluations"] if row["mode"] == mode_of[row["round"]]]
+    evaluations = [row for row in metrics["evaluations"] if row["temperature"] == page.temperature]
+    main = [row for row in evaluations if row["mode"] == mode_of[row["round"]]]
     now = [row for row in main if row["round"] == last]
     families = [group for group in dict.fromkeys(row["group"] for row in now) if group not in KINDS]
-    comparisons = [one for one in metrics["comparisons"] if one["round"] == last]
+    compared = [one for one in metrics["comparisons"] if one["round"] == last]
+    comparisons = [one for one in compared if one["temperature"] == page.temperature]
     return environment.get_template("report.html.j2").render(
         page=page,
         last=last,
@@ -216,12 +218,13 @@ def render(page: Page) -> str:
         splits=[split for split in ("test", "ood") if any(row["split"] == split for row in now)],
         families=families,
         mode=mode_of.get(last),
-        modes=list(dict.fromkeys(row["mode"] for row in metrics["evaluations"] if row["round"] == last)),
+        modes=list(dict.fromkeys(row["mode"] for row in evaluations if row["round"] == last)),
         main=_finder(main, "round", "model", "split", "group"),
-        in_mode=_finder(metrics["evaluations"], "round", "model", "mode", "split", "group"),
+        in_mode=_finder(evaluations, "round", "model", "mode", "split", "group"),
         probe=_finder(metrics["probes"], "round", "model", "group"),
         worded=[in_words(one) for one in comparisons if _is_told(one)],
         comparisons=comparisons,
+        also_at=_also_at(page, last, compared),
         phrase=phrase,
         figures=_figures(page.plots, "plot"),
         histograms=_figures(page.histograms, "histogram"),
@@ -229,6 +232,22 @@ def render(page: Page) -> str:
         measures=MEASURES,
         last_measures=_last_measures(page.compared),
     )
+
+
+def _also_at(
+    page: Page, last: int, compared: Sequence[Mapping[str, Any]]
+) -> list[tuple[float, list[Mapping[str, Any]], list[str]]]:
+    """(temperature, accuracies by model and kind, sentences) for each temperature beside the page's own."""
+    rows = [row for row in page.metrics["evaluations"] if row["round"] == last and row["group"] in KINDS and row["n"]]
+    return [
+        (
+            temperature,
+            [row for row in rows if row["temperature"] == temperature],
+            [in_words(one) for one in compared if _is_told(one) and one["temperature"] == temperature],
+        )
+        for temperature in dict.fromkeys(row["temperature"] for row in rows)
+        if temperature != page.temperature
+    ]
 
 
 def _finder(rows: Iterable[Mapping[str, Any]], *keys: str) -> Callable[..., Mapping[str, Any]]:

@@ -1,7 +1,8 @@
 """Stage `evaluate`: start model, controls and trained models on the same problems, with undo in every mode and with undo
 forbidden, and P(undo) in wrong and right states. Every row is kept, so that any two models can be compared later.
 
-The main mode decodes every split; the others, which are there to be set beside it, the test split.
+The main mode decodes every split; the others, which are there to be set beside it, the test split. So do further temperatures, in
+the main mode.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pipeline.stages.probes import own_errors, spread, spurious_undos
 from pipeline.stages.rollouts import context_length, row_seed, within_context
 from pipeline.stages.sft import CONTROL
 from pipeline.stages.stage import Context
-from pipeline.stages.votes import elected, requests_for, votes_needed, without_undo
+from pipeline.stages.votes import elected, requests_for, votes_needed
 from pipeline.tasks.problem import Problem
 from verifiers.tasks import judge_of
 
@@ -36,6 +37,7 @@ ROWS = Features(
         "split": Value("string"),
         "family": Value("string"),
         "hindsight": Value("bool"),
+        "temperature": Value("float64"),
         "correct": Value("bool"),
         "first_correct": Value("bool"),
         "tokens": Value("int32"),
@@ -83,11 +85,12 @@ def run(context: Context) -> None:
     chosen = [chosen[i] for i in fits]
     models = _models(context)
     rows: list[Evaluated] = []
-    beside = (len(asked.modes) - 1) * sum(problem.split == "test" for problem in chosen)
+    beside = (len(asked.modes) - 1 + len(asked.also_at)) * sum(problem.split == "test" for problem in chosen)
     with context.terminal.stage("evaluate", len(models) * (len(chosen) + beside)) as progress:
         for model in models:
             progress.advance(0, model.name)
             rows += _evaluate(context, model, chosen, codec, lambda count, tokens: progress.advance(count))
+    rows.sort(key=lambda row: row.temperature != asked.temperature)  # what is measured beside comes behind
     rows += _votes(context, models, rows, chosen, codec)
     with context.terminal.stage("probes", None) as progress:
         probes = _probe(context, models, [p for p in chosen if p.split == "test"], codec)
@@ -95,7 +98,7 @@ def run(context: Context) -> None:
     write_rows([asdict(row) for row in rows], ROWS, context.out)
     write_rows([asdict(row) for row in probes], PROBES, context.out / "probes")
     main = asked.modes[0]
-    metrics = summarise(rows, probes, context.round, asked.temperature, main)
+    metrics = summarise(rows, probes, context.round, main)
     for line in tokens_table(metrics["evaluations"]):
         context.terminal.info(line)
     metrics |= {"accepted": accepted(rows, main), "mode": main}
@@ -122,18 +125,37 @@ def _evaluate(
     context: Context, model: Model, problems: Sequence[Problem], codec: Codec, on_rows: Callable[[int, int], None]
 ) -> list[Evaluated]:
     asked = context.settings.evaluate
-    main = asked.modes[0]
-    of_mode = {mode: [i for i, p in enumerate(problems) if mode == main or p.split == "test"] for mode in asked.modes}
-    written = {mode: _decode(context, model, [problems[i] for i in of_mode[mode]], codec, mode, on_rows) for mode in asked.modes}
+    test = [problem for problem in problems if problem.split == "test"]
+    rows = _at(context, model, problems, asked.temperature, asked.modes, codec, on_rows)
+    for temperature in asked.also_at:
+        rows += _at(context, model, test, temperature, asked.modes[:1], codec, on_rows)
+    return rows
+
+
+def _at(
+    context: Context,
+    model: Model,
+    problems: Sequence[Problem],
+    temperature: float,
+    modes: Sequence[Mode],
+    codec: Codec,
+    on_rows: Callable[[int, int], None],
+) -> list[Evaluated]:
+    """The first mode on all of the problems, the others on those of the test split."""
+    main = modes[0]
+    of_mode = {mode: [i for i, p in enumerate(problems) if mode == main or p.split == "test"] for mode in modes}
+    written = {
+        mode: _decode(context, model, [problems[i] for i in of_mode[mode]], temperature, codec, mode, on_rows) for mode in modes
+    }
     # First tries come from the engine of the main mode with the same seeds, so that undo alone makes a difference. Without an
     # undo token a row is its own first try, unless U was among the ids that were drawn from.
-    drawn = asked.temperature > 0 and (main == "soft" or (main == "rewind" and context.settings.decode.threshold is None))
+    drawn = temperature > 0 and (main == "soft" or (main == "rewind" and context.settings.decode.threshold is None))
     again = [i for i, done in enumerate(written[main]) if drawn or codec.rule.undo_id in done.token_ids]
     decode_first = _generate if main == "soft" else _decode
-    tried = decode_first(context, model, [problems[i] for i in again], codec, "forbidden")
+    tried = decode_first(context, model, [problems[i] for i in again], temperature, codec, "forbidden")
     first = dict(enumerate(written[main])) | dict(zip(again, tried, strict=True))
     return [
-        evaluated(model.name, mode, problems[i], done, first[i], codec)
+        evaluated(model.name, mode, temperature, problems[i], done, first[i], codec)
         for mode, rows in written.items()
         for i, done in zip(of_mode[mode], rows, strict=True)
     ]
@@ -148,11 +170,11 @@ def _votes(
     test = [problem for problem in problems if problem.split == "test"]
     if asked.votes == 0 or not test:
         return []
-    main = [row for row in rows if (row.mode, row.split) == (asked.modes[0], "test")]
+    main = [row for row in rows if (row.mode, row.split, row.temperature) == (asked.modes[0], "test", asked.temperature)]
     spent, own = ([row for row in main if row.model == name] for name in (trained, model.name))
     count = votes_needed(spent, own) if asked.votes is None else asked.votes
     wanted = requests_for(test, codec, count, context.settings.run.seed)
-    decoding = without_undo(evaluation_decoding(context.settings, codec, "forbidden"), asked.vote_temperature)
+    decoding = evaluation_decoding(context.settings, codec, "forbidden", asked.vote_temperature)
     with context.terminal.stage("votes", len(wanted)) as progress:
         done = context.workers.decode(
             model.folder, wanted, decoding, context_length(context), lambda count, tokens: progress.advance(count)
@@ -168,14 +190,15 @@ def _decode(
     context: Context,
     model: Model,
     problems: Sequence[Problem],
+    temperature: float,
     codec: Codec,
     mode: Mode,
     on_rows: Callable[[int, int], None] = _silent,
 ) -> list[Completion]:
     """Completions by the engine of a mode."""
     if mode == "soft":
-        return _generate(context, model, problems, codec, mode, on_rows)
-    decoding, longest = evaluation_decoding(context.settings, codec, mode), context_length(context)
+        return _generate(context, model, problems, temperature, codec, mode, on_rows)
+    decoding, longest = evaluation_decoding(context.settings, codec, mode, temperature), context_length(context)
     wanted = requests_of(context.settings, codec, problems)
     return [Completion(one.ids, (), one.finish) for one in context.workers.decode(model.folder, wanted, decoding, longest, on_rows)]
 
@@ -184,6 +207,7 @@ def _generate(
     context: Context,
     model: Model,
     problems: Sequence[Problem],
+    temperature: float,
     codec: Codec,
     mode: Mode,
     on_rows: Callable[[int, int], None] = _silent,
@@ -191,16 +215,17 @@ def _generate(
     """Completions by an ordinary engine: mode soft, or forbidden."""
     settings, asked = context.settings, context.settings.evaluate
     banned = (*codec.spare_ids, *((codec.rule.undo_id,) if mode == "forbidden" else ()))
-    sampling = Sampling(asked.temperature, asked.top_p, asked.max_tokens, codec.stop_id, banned)
+    sampling = Sampling(temperature, asked.top_p, asked.max_tokens, codec.stop_id, banned)
     requests = [Request(one.prompt_ids, one.seed) for one in requests_of(settings, codec, problems)]
     pool = context.workers.pool(model.folder, model.version, context_length(context))
     return pool.generate(requests, sampling, settings.rollouts.batch, on_rows)[0]
 
 
-def evaluation_decoding(settings: Settings, codec: Codec, mode: Mode) -> Decoding:
-    """How evaluation decodes in a mode."""
+def evaluation_decoding(settings: Settings, codec: Codec, mode: Mode, temperature: float | None = None) -> Decoding:
+    """How evaluation decodes in a mode; at `evaluate.temperature` where no other is given."""
     asked = settings.evaluate
-    return decoding_of(codec, settings.decode, mode, asked.temperature, asked.top_p, asked.max_tokens)
+    at = asked.temperature if temperature is None else temperature
+    return decoding_of(codec, settings.decode, mode, at, asked.top_p, asked.max_tokens)
 
 
 def requests_of(settings: Settings, codec: Codec, problems: Sequence[Problem]) -> list[DecodeRequest]:
@@ -208,7 +233,9 @@ def requests_of(settings: Settings, codec: Codec, problems: Sequence[Problem]) -
     return [DecodeRequest(codec.prompt_ids(one), row_seed(settings.run.seed, f"evaluate/{one.id}")) for one in problems]
 
 
-def evaluated(model: str, mode: str, problem: Problem, done: Completion, first: Completion, codec: Codec) -> Evaluated:
+def evaluated(
+    model: str, mode: str, temperature: float, problem: Problem, done: Completion, first: Completion, codec: Codec
+) -> Evaluated:
     """A completion and its first try, judged."""
     undone = apply_undo(done.token_ids, codec.rule)
     return Evaluated(
@@ -218,6 +245,7 @@ def evaluated(model: str, mode: str, problem: Problem, done: Completion, first: 
         split=problem.split,
         family=problem.family,
         hindsight=problem.hindsight,
+        temperature=temperature,
         correct=judge_of(problem).correct(problem, codec.decode(undone.surviving).text),
         first_correct=judge_of(problem).correct(problem, codec.decode(first.token_ids).text),
         tokens=len(done.token_ids),

@@ -156,7 +156,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "evaluate",
-        4,
+        5,
         lambda round: (_PROBLEMS, _model(round), Input("sft", round, "sft")),
         lambda s: (
             _generation(s)
@@ -186,7 +186,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "report",
-        3,
+        4,
         lambda round: (
             _PROBLEMS,
             _BASE,

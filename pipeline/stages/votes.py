@@ -8,7 +8,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from actors.engines import Completion
-from pipeline.backtrack.cursor import DecodeRequest, Decoding
+from pipeline.backtrack.cursor import DecodeRequest
 from pipeline.metrics import Evaluated
 from pipeline.stages.io import Codec
 from pipeline.stages.rollouts import row_seed
@@ -42,10 +42,6 @@ def requests_for(problems: Sequence[Problem], codec: Codec, votes: int, seed: in
         for problem in problems
         for number in range(votes)
     ]
-
-
-def without_undo(decoding: Decoding, temperature: float) -> Decoding:
-    return replace(decoding, mode="forbidden", temperature=temperature)
 
 
 def elected(

@@ -87,7 +87,8 @@ def test_every_point_is_a_decode_with_that_setting(run: Path, few: None, capsys:
     for name, sweep in found["sweeps"].items():
         for entry in sweep["curve"]:
             decoding = SWEEPS[name].apply(rewind, entry["value"])
-            rows = [evaluated("sft", name, *case, codec) for case in zip(chosen, done(decoding), first, strict=True)]
+            cases = zip(chosen, done(decoding), first, strict=True)
+            rows = [evaluated("sft", name, decoding.temperature, *case, codec) for case in cases]
             assert entry["all"] == figures(rows)
             undone += entry["all"]["undo_rate"]
         assert f"use: python run.py {sweep['use']}" in out

@@ -159,6 +159,18 @@ def test_rewind_rows_are_those_of_the_decoder(
     assert all(max(row["token_ids"]) < codec.vocabulary for row in rows) and codec.spare_ids
 
 
+def test_another_temperature_decodes_the_test_split_in_the_main_mode(inputs: dict[str, Path], tmp_path: Path) -> None:
+    alone = evaluated(inputs, tmp_path / "alone", settings_of(modes=["rewind", "soft"]))
+    rows = evaluated(inputs, tmp_path / "both", settings_of(modes=["rewind", "soft"], also_at=[0.9]))
+    assert rows[: len(alone)] == alone
+    codec = Codec(inputs["model"], Undo(unit="token"), "{question}\n")
+    test = [problem for problem in EVALUATED if problem.split == "test"]
+    how = Decoding("rewind", 0.9, 1.0, MAX_TOKENS, codec.stop_id, codec.rule, threshold=0.01, **SHARED)
+    hot = [row for row in rows[len(alone) :] if row["model"] == "sft"]
+    assert [tuple(row["token_ids"]) for row in hot] == decoded(inputs["sft"], codec, how, test)
+    assert {(row["mode"], row["split"], row["temperature"]) for row in rows[len(alone) :]} == {("rewind", "test", 0.9)}
+
+
 def test_modes_share_the_first_tries_of_the_main_one(inputs: dict[str, Path], tmp_path: Path) -> None:
     asked = {"both": ["rewind", "soft"], "soft": ["soft"]}
     rows = {name: evaluated(inputs, tmp_path / name, settings_of(modes=modes)) for name, modes in asked.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isclose, sqrt
 from typing import Any
 
@@ -78,14 +79,14 @@ def test_auroc_counts_pairs(positive: list[float], negative: list[float]) -> Non
 
 def test_nothing_to_measure_is_none() -> None:
     assert share(0, 0) is None and paired([], []) is None and auroc([], []) is None
-    assert summarise([], [], 1, 0.0, "rewind") == {"evaluations": [], "comparisons": [], "probes": []}
+    assert summarise([], [], 1, "rewind") == {"evaluations": [], "comparisons": [], "probes": []}
 
 
 def row(model: str, number: int, first: bool, last: bool, **more: Any) -> Evaluated:
     """A row of the test split in mode rewind; every third problem has hindsight."""
     hindsight = number % 3 == 0
     given: dict[str, Any] = {"mode": "rewind", "split": "test", "tokens": 10, "undos": 0, "noops": 0, "spurious": 0}
-    given |= {"finish": "stop"} | more
+    given |= {"finish": "stop", "temperature": 0.5} | more
     return Evaluated(
         model=model,
         problem=str(number),
@@ -129,7 +130,7 @@ def only(entries: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
 
 
 def test_figures_of_hand_made_rows() -> None:
-    evaluations = summarise(ROWS, [], 2, 0.5, "rewind")["evaluations"]
+    evaluations = summarise(ROWS, [], 2, "rewind")["evaluations"]
     found = only(evaluations, model="sft", split="test", group="all", mode="rewind")
     assert (found["round"], found["temperature"], found["n"], found["accuracy"]) == (2, 0.5, 4, 0.75)
     assert found["ci95"] == pytest.approx([0.3006, 0.9544], abs=1e-4)
@@ -149,7 +150,7 @@ def test_figures_of_hand_made_rows() -> None:
 
 def test_a_mode_has_figures_on_the_splits_it_was_measured_on() -> None:
     rows = [*ROWS, *(row("sft", number, True, True, mode="guided", tokens=70) for number in range(4))]
-    evaluations = summarise(rows, [], 1, 0.0, "rewind")["evaluations"]
+    evaluations = summarise(rows, [], 1, "rewind")["evaluations"]
     assert {one["split"] for one in evaluations if one["mode"] == "guided"} == {"test"}
     table = tokens_table(evaluations)
     assert [line.split()[:2] for line in table[1:]] == [
@@ -158,12 +159,24 @@ def test_a_mode_has_figures_on_the_splits_it_was_measured_on() -> None:
         for mode in ("rewind", "guided", "forbidden")
         if (model, mode) != ("base", "guided")
     ]
-    assert "sft            guided        1.000 0.510 .. 1.000     70.0      0.000     0.000" in table
+    assert "sft            guided     0.5    1.000 0.510 .. 1.000     70.0      0.000     0.000" in table
     assert tokens_table([]) == []
 
 
+def test_temperatures_are_told_apart() -> None:
+    """What is measured at another temperature changes nothing, and is compared with its like."""
+    hot = [replace(one, temperature=1.0, correct=one.model == "base") for one in ROWS if one.split == "test"]
+    alone, both = summarise(ROWS, [], 1, "rewind"), summarise([*ROWS, *hot], [], 1, "rewind")
+    for name in ("evaluations", "comparisons"):
+        assert [one for one in both[name] if one["temperature"] == 0.5] == alone[name]
+    place = {"split": "test", "group": "all", "temperature": 1.0}
+    assert only(both["evaluations"], model="base", mode="rewind", **place)["accuracy"] == 1
+    lost = only(both["comparisons"], before="base rewind", after="sft rewind", **place)
+    assert (lost["gained"], lost["lost"], lost["n"]) == (0, 4, 4)
+
+
 def test_comparisons_of_hand_made_rows() -> None:
-    comparisons = summarise(ROWS, [], 1, 0.0, "rewind")["comparisons"]
+    comparisons = summarise(ROWS, [], 1, "rewind")["comparisons"]
     base = only(comparisons, split="test", group="all", before="base rewind", after="sft rewind")
     assert (base["difference"], base["gained"], base["lost"], base["n"], base["mcnemar_p"]) == (0.25, 2, 1, 4, 1.0)
     own = only(comparisons, split="test", group="all", before="sft forbidden")
@@ -172,8 +185,8 @@ def test_comparisons_of_hand_made_rows() -> None:
 
 
 def test_modes_are_measured_apart_and_compared_in_the_main_one() -> None:
-    found = summarise(BOTH, [], 1, 0.0, "rewind")
-    alone = summarise(ROWS, [], 1, 0.0, "rewind")
+    found = summarise(BOTH, [], 1, "rewind")
+    alone = summarise(ROWS, [], 1, "rewind")
     assert [entry for entry in found["evaluations"] if entry["mode"] != "soft"] == alone["evaluations"]
     soft = only(found["evaluations"], model="sft", split="test", group="all", mode="soft")
     assert (soft["n"], soft["accuracy"], soft["tokens_per_problem"], soft["wrong_to_right"]) == (4, 0.25, 50, 1)
@@ -181,7 +194,7 @@ def test_modes_are_measured_apart_and_compared_in_the_main_one() -> None:
     assert modes == {(name, "sft rewind") for name in ("base rewind", "sft forbidden", "sft soft")}
     own = only(found["comparisons"], split="test", group="all", before="sft soft")
     assert (own["difference"], own["gained"], own["lost"], own["n"]) == (0.5, 2, 0, 4)
-    turned = summarise(BOTH, [], 1, 0.0, "soft")["comparisons"]
+    turned = summarise(BOTH, [], 1, "soft")["comparisons"]
     assert {(one["before"], one["after"]) for one in turned} == {
         (name, "sft soft") for name in ("base soft", "sft forbidden", "sft rewind")
     }
@@ -196,7 +209,7 @@ def test_probes_of_hand_made_rows() -> None:
         Probed("sft", "a", "chain", False, "operand", 0.2, 0.4, -1.5),
         Probed("sft", "b", "boxes", True, "choice", 0.8, 0.0, -1.0),
     ]
-    found = summarise(ROWS, probes, 1, 0.0, "rewind")["probes"]
+    found = summarise(ROWS, probes, 1, "rewind")["probes"]
     sft = only(found, model="sft", group="all")
     assert (sft["n"], sft["p_undo_error"], sft["p_undo_right"], sft["auroc"]) == (2, 0.5, 0.2, 0.75)
     assert sft["logp_error_change"] == pytest.approx((-0.5 + 1.0) / 2)

@@ -51,7 +51,10 @@ RATES = {"base": 0.6, "clean_control": 0.72, "sft": 0.85}
 
 
 def evaluated(
-    models: tuple[str, ...] = ("base", "clean_control", "sft"), each: int = 20, modes: tuple[str, ...] = ("rewind", "soft")
+    models: tuple[str, ...] = ("base", "clean_control", "sft"),
+    each: int = 20,
+    modes: tuple[str, ...] = ("rewind", "soft"),
+    temperature: float = 0.0,
 ) -> list[Evaluated]:
     rng = random.Random(0)
     return [
@@ -62,6 +65,7 @@ def evaluated(
             split=split,
             family=family,
             hindsight=hindsight,
+            temperature=temperature,
             correct=rng.random() < RATES[model] - 0.2 * (split == "ood") - 0.1 * (mode == "soft"),
             first_correct=rng.random() < RATES[model] - 0.1,
             tokens=rng.randint(20, 60),
@@ -92,7 +96,7 @@ def probed(models: tuple[str, ...] = ("base", "clean_control", "sft")) -> list[P
 
 def metrics(rows: list[Evaluated], probes: list[Probed]) -> dict[str, Any]:
     main = rows[0].mode
-    found = summarise(rows, probes, 1, 0.0, main)
+    found = summarise(rows, probes, 1, main)
     return {"run": "made", "rounds": [{"round": 1, "accepted": True, "mode": main}], **found}
 
 
@@ -292,12 +296,27 @@ class TestPage:
         assert "Nothing was evaluated." in html
 
     def test_two_rounds_stand_in_one_table(self) -> None:
-        first, second = (summarise(evaluated(), probed(), round, 0.0, "rewind") for round in (1, 2))
+        first, second = (summarise(evaluated(), probed(), round, "rewind") for round in (1, 2))
         both = {name: first[name] + second[name] for name in first}
         rounds = [{"round": round, "accepted": round == 2, "mode": "rewind"} for round in (1, 2)]
         html = render(replace(page(), metrics={"run": "made", "rounds": rounds, **both}))
         assert "Round by round" in html and "fell: not accepted" in html
         parsed(html)
+
+    def test_another_temperature_has_a_part_of_its_own(self) -> None:
+        hot = [
+            replace(row, correct=row.split == "test")
+            for row in evaluated(modes=("rewind",), temperature=0.5)
+            if row.split == "test"
+        ]
+        alone, both = render(page()), render(page([*evaluated(), *hot]))
+        parsed(both)
+        part = both[both.index("At temperature 0.5") : both.index("</section>", both.index("At temperature 0.5"))]
+        assert part.count('<td class="main">100.0') == 9 and "n\N{NO-BREAK SPACE}80" in part  # 3 models x 3 kinds
+        without = both.replace(
+            both[both.index("<h3>At temperature 0.5") : both.index("</section>", both.index("At temperature 0.5"))], ""
+        )
+        assert "At temperature" not in alone and without == alone
 
     def test_the_main_mode_leads_and_all_modes_stand_side_by_side(self) -> None:
         rows = evaluated()
@@ -402,9 +421,7 @@ def stage_inputs(folder: Path, settings: Settings) -> dict[str, Path]:
     write_json([{"filter": "length", "source": "self", "count": 4}], folder / "traces" / "removed.json")
     (folder / "sft").mkdir()
     write_json({"losses": [[5, 0.5]], "checks": [], "step": 5, "tokens": 80}, folder / "sft" / "curve.json")
-    write_json(
-        summarise(done, probed(), 1, 0.0, "rewind") | {"accepted": True, "mode": "rewind"}, folder / "evaluate" / "metrics.json"
-    )
+    write_json(summarise(done, probed(), 1, "rewind") | {"accepted": True, "mode": "rewind"}, folder / "evaluate" / "metrics.json")
     return found
 
 
@@ -451,7 +468,7 @@ class TestStage:
         card = (written[0] / "out" / "README.md").read_text()
         metrics = json.loads((written[0] / "out" / "metrics.json").read_text())
         rows = [row for row in metrics["evaluations"] if row["split"] == "test" and row["group"] in GROUPS and row["n"]]
-        assert rows and all(f"| {row['model']} | {row['mode']} | {row['group']} | {row['n']} |" in card for row in rows)
+        assert rows and all(f"| {row['model']} | {row['mode']} | 0 | {row['group']} | {row['n']} |" in card for row in rows)
         assert "round 1 of 1, seed 0" in card and "- Training run `sft-1`: 5 steps, 80 tokens." in card
         metrics["rounds"][0]["accepted"] = False
         refused = model_card(Settings(), metrics, "base")
