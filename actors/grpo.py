@@ -253,8 +253,9 @@ class _GrpoLearner:
     def learn(self, groups: Sequence[Sequence[int]], rollouts: Sequence[Sampled]) -> Report:
         return self._grpo.learn(groups, rollouts)
 
-    def weights(self, dtype: str) -> Weights:
-        return self._grpo.weights(dtype)
+    def weights(self, dtype: str) -> tuple[int, Weights]:
+        """(steps learned, weights)"""
+        return self._grpo.step, self._grpo.weights(dtype)
 
     def save(self, folder: str) -> None:
         self._grpo.save(Path(folder))

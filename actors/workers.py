@@ -207,11 +207,9 @@ class GrpoLearner:
         Raises:
             ClusterError: either side was too slow or died, or an engine does not generate with them.
         """
-        weights = self._actor.weights.remote(self._dtype)
-        if not ray.wait([weights], timeout=self._timeout, fetch_local=False)[0]:
-            raise ClusterError(
-                f"the GRPO learner did not hand over weights {version} to the rollout actors within {self._timeout} s"
-            )
+        # The step comes back beside the weights, so that what goes wrong here is not taken for a fault of those who read them.
+        step, weights = self._actor.weights.options(num_returns=2).remote(self._dtype)
+        self._get(step, f"hand over weights {version} to the rollout actors", self._timeout)
         pool.publish(weights, version)
 
     def save(self, folder: Path) -> None:

@@ -123,3 +123,6 @@ def test_a_learner_publishes_what_it_has_learned(
     learner.close()
     with pytest.raises(ClusterError, match="the GRPO learner died"):
         learner.save(tmp_path / "again")
+    with pytest.raises(ClusterError, match="the GRPO learner died"):  # not: a rollout actor
+        learner.publish(pool, "never")
+    assert ids(pool.decode(REQUESTS, how, 8)[0]) == ids(found)
