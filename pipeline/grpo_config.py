@@ -44,6 +44,9 @@ class GrpoSettings(Section):
         True, description="Whether deleted ids of a rollout that earned little become less likely; they never become likelier."
     )
     undo_credit: float = Field(0.0, ge=0, le=100, description="Added to the advantage of an undo that makes a state right.")
+    error_credit: float = Field(
+        0.0, ge=0, le=100, description="Taken from the advantage of surviving ids that the judge finds wrong."
+    )
     undo: Literal["sampled", "epsilon"] = Field(
         "sampled",
         description="Drawn like any token, with undo_bias; or decided by decode.threshold, at times the other way.",

@@ -30,6 +30,8 @@ class Episode:
     reward: float
     runs: tuple[UndoRun, ...] = ()
     """Its runs of undos, judged."""
+    wrong: tuple[int, ...] = ()
+    """Indices of the emitted ids that the judge finds wrong."""
 
 
 def spread(rewards: Sequence[float]) -> float:
@@ -39,7 +41,7 @@ def spread(rewards: Sequence[float]) -> float:
 
 def advantages(
     group: Sequence[Episode], rule: UndoRule, kind: Credit, scale: float | None = None, undo_credit: float = 0.0,
-    rewinding: Rewinding = "deferred", blame_deleted: bool = True,
+    rewinding: Rewinding = "deferred", blame_deleted: bool = True, error_credit: float = 0.0,
 ) -> list[tuple[float, ...]]:  # fmt: skip
     """[rollouts][ids] The advantage of each emitted id.
 
@@ -56,6 +58,7 @@ def advantages(
         undo_credit: added to each U of a run, times `own_credit`.
         blame_deleted: whether a deleted id may have a negative advantage; otherwise it has none. Blame without praise wears away
             whatever gets deleted, the right consequences that show a choice to be wrong as well.
+        error_credit: taken from the advantage of each wrong id: what the judge has localized needs no other rollout to be blamed.
     """
     rewards = [one.reward for one in group]
     divisor = spread(rewards) + EPSILON if scale is None else scale
@@ -70,6 +73,8 @@ def advantages(
         for run in one.runs:
             for index in range(run.start, run.end):
                 scaled[index] += undo_credit * own_credit(run)
+        for index in one.wrong:
+            scaled[index] -= error_credit
         deleted_by = apply_undo(one.walk.ids, rule).deleted_by
         least = -inf if blame_deleted else 0.0
         found.append(tuple(max(min(value, 0.0), least) if by >= 0 else value for value, by in zip(scaled, deleted_by, strict=True)))

@@ -13,6 +13,7 @@ from itertools import islice
 from pipeline.backtrack.undo import UndoRule, UndoStream, apply_undo
 from pipeline.tasks.problem import Problem
 from verifiers.judge import Verdict
+from verifiers.steps import token_span
 from verifiers.tasks import judge_of
 
 Decode = Callable[[Sequence[int]], str]
@@ -138,6 +139,19 @@ def undo_runs(problem: Problem, ids: Sequence[int], rule: UndoRule, decode: Deco
         runs.append(UndoRun(start, end, before, right, unnecessary, noops))
         at = end
     return tuple(runs)
+
+
+def wrong_ids(rollout: JudgedRollout, offsets: Sequence[tuple[int, int]], rule: UndoRule) -> tuple[int, ...]:
+    """Indices among the emitted ids of what the judge finds wrong in the surviving text: the first error and the false results
+    behind it. What follows rightly from the error is not of it.
+
+    Args:
+        offsets: [surviving ids, without the stop id] characters of each in `rollout.text`.
+    """
+    verdict = rollout.verdict
+    spans = [(verdict.error.start, verdict.error.end), *verdict.later] if verdict.error else []
+    source = apply_undo(rollout.token_ids, rule).source
+    return tuple(sorted({source[at] for span in spans for at in range(*token_span(offsets, *span))}))
 
 
 # The rollouts of a group pass through the same states and often end alike. Texts are short and few: a few MB at most.

@@ -35,7 +35,7 @@ from pipeline.tasks.problem import Problem
 from rewards.combine import FLAT, Rewards, Scored
 from rewards.credit import EPSILON, Episode, advantages
 from rewards.credit import spread as deviation
-from rewards.rollout import JudgedRollout, judged
+from rewards.rollout import JudgedRollout, judged, wrong_ids
 from verifiers.tasks import judge_of
 
 HISTORY = "history.json"
@@ -213,15 +213,17 @@ class _Loop:
         judge_seconds = time.monotonic() - begun
         size = self._asked.group
         flat = self._flat(scored, len(batch.problems))
-        record = self._figures(batch, rollouts, scored) | {"groups_dropped": len(flat), "judge_seconds": judge_seconds}
         groups = [range(at * size, at * size + size) for at in range(len(batch.problems))]
+        wrong = [self._wrong(one) for one in rollouts]
         if not self._asked.beta:  # nothing but the distance from the reference could be learned from them
-            groups = [group for at, group in enumerate(groups) if at not in flat]
+            groups = [group for at, group in enumerate(groups) if at not in flat or any(wrong[row] for row in group)]
+        dropped = len(batch.problems) - len(groups)
+        record = self._figures(batch, rollouts, scored) | {"groups_dropped": dropped, "judge_seconds": judge_seconds}
         if not groups:
             self._nothing_to_learn()
             return record
         self._empty = 0
-        sampled, numbers = self._sampled(batch, rollouts, scored, groups)
+        sampled, numbers = self._sampled(batch, rollouts, wrong, scored, groups)
         return record | self._learner.learn(numbers, sampled)
 
     def _reward(self, batch: Batch, progress: float) -> tuple[list[JudgedRollout], Scored]:
@@ -236,6 +238,12 @@ class _Loop:
         ]
         groups = [row // size for row in range(len(rollouts))]
         return rollouts, self._rewards.score(rollouts, groups, progress)
+
+    def _wrong(self, rollout: JudgedRollout) -> tuple[int, ...]:
+        """What of it is blamed beside its reward."""
+        if not self._asked.error_credit:
+            return ()
+        return wrong_ids(rollout, self._codec.decode(rollout.surviving).offsets, self._codec.rule)
 
     def _flat(self, scored: Scored, groups: int) -> list[int]:
         """Groups whose rollouts have all earned the same."""
@@ -264,7 +272,12 @@ class _Loop:
             )
 
     def _sampled(
-        self, batch: Batch, rollouts: Sequence[JudgedRollout], scored: Scored, groups: Sequence[range]
+        self,
+        batch: Batch,
+        rollouts: Sequence[JudgedRollout],
+        wrong: Sequence[tuple[int, ...]],
+        scored: Scored,
+        groups: Sequence[range],
     ) -> tuple[list[Sampled], list[list[int]]]:
         """What the learner gets: the rollouts of some groups, and their numbers in it."""
         asked, scale = self._asked, None
@@ -279,10 +292,11 @@ class _Loop:
             for row in group:
                 one = batch.decoded[row]
                 walk = Walk(prompt, one.ids, one.logprobs, one.banned, closed=one.closed)
-                episodes.append(Episode(walk, scored.rewards[row], rollouts[row].undo_runs))
+                episodes.append(Episode(walk, scored.rewards[row], rollouts[row].undo_runs, wrong[row]))
             earned = advantages(
-                episodes, self._codec.rule, asked.credit, scale, asked.undo_credit, self._decoding.rewinding, asked.blame_deleted
-            )
+                episodes, self._codec.rule, asked.credit, scale, asked.undo_credit, self._decoding.rewinding, asked.blame_deleted,
+                asked.error_credit,
+            )  # fmt: skip
             numbers.append(list(range(len(found), len(found) + len(group))))
             for row, episode, values in zip(group, episodes, earned, strict=True):
                 counts = not (asked.mask_overlong and batch.decoded[row].finish == "length")

@@ -20,6 +20,7 @@ from actors.grpo import Grpo, Report
 from actors.policy import Policy, Sampled
 from actors.watch import Watch
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
+from pipeline.backtrack.undo import apply_undo
 from pipeline.config import DecodeSettings, EngineSettings, EvaluateSettings, RolloutSettings, Settings, UndoSettings
 from pipeline.grpo_config import GrpoSettings
 from pipeline.stages import grpo
@@ -249,6 +250,18 @@ def test_groups_without_spread_are_left_out_and_at_last_end_the_stage(inputs: di
         f"grpo: step {step} is skipped: in every group all rollouts have earned the same" for step in (1, 2, 3)
     ]
     assert run.learners[0].rollouts == []
+
+
+def test_what_the_judge_localizes_is_learned_from_without_any_spread(inputs: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(inputs, tmp_path, settings_of("nothing", steps=1, error_credit=0.5))
+    record = next(one for one in run.start() if "reward" in one)
+    assert record["groups_dropped"] == 0 and run.terminal.warnings == []
+    codec = Codec(inputs["sft"], UndoSettings(unit="token"), "{question}\n")
+    learned = run.learners[0].rollouts[0]
+    assert {value for one in learned for value in one.advantages} == {0.0, -0.5}
+    for one in learned:
+        deleted_by = apply_undo(one.walk.ids, codec.rule).deleted_by
+        assert all(by < 0 for by, value in zip(deleted_by, one.advantages, strict=True) if value)
 
 
 def test_a_reward_that_is_no_number_stops_the_stage(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -97,6 +97,16 @@ def test_undo_credit_is_added_to_each_undo_of_a_run(kind: Credit) -> None:
     assert difference == pytest.approx([0, 0, 0.25, 0.25, 0, -0.25, 0, 0, 0, -0.25])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_error_credit_is_taken_from_what_the_judge_finds_wrong(kind: Credit) -> None:
+    """Whatever the others of the group have earned, and not divided by the scale."""
+    group = [replace(episode((1, 2, 3), 0.5), wrong=(1, 2)), episode((1, 4), 0.5)]
+    assert advantages(group, TOKEN, kind, 2.0, error_credit=0.25) == near((0, -0.25, -0.25), (0, 0))
+    apart = [replace(group[0], reward=1.0), group[1]]
+    without, with_credit = (advantages(apart, TOKEN, kind, 2.0, error_credit=credit)[0] for credit in (0.0, 0.25))
+    assert [a - b for a, b in zip(without, with_credit, strict=True)] == pytest.approx([0, 0.25, 0.25])
+
+
 # ---- tree ----
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.backtrack.undo import Unit, apply_undo
 from pipeline.tasks.problem import Problem
-from rewards.rollout import UndoRun, judged, state_is_wrong, undo_runs, verdict_of
+from rewards.rollout import UndoRun, judged, state_is_wrong, undo_runs, verdict_of, wrong_ids
 from tests.rewards.made import (
     ANA,
     LAST,
@@ -52,6 +52,26 @@ def test_right_text_undone_an_error_kept_and_an_empty_stack() -> None:
         (1, False, False, 0, 0),  # the error stands one line above
     ]
     assert (one.undos, one.noops, one.unnecessary, one.correct) == (5, 2, 1, False)
+
+
+def test_what_is_wrong_in_the_surviving_text() -> None:
+    """A false result and what is false behind it; the wrong line that was taken back is not of it, nor is the right line between."""
+    one = rollout(WRONG_1, 1, LINE_1, WRONG_2, LAST)
+    offsets = spans(one.surviving)
+    found = wrong_ids(one, offsets, rule("step"))
+    error = one.verdict.error
+    assert error is not None and one.text[error.start : error.end] in WRONG_2
+    first = len(WORDS.encode(WRONG_1)) + 1
+    text = {first + at: one.text[slice(*span)] for at, span in enumerate(offsets)}
+    marked = "".join(text[at] for at in found)
+    assert one.text[error.start : error.end] in marked and found[0] >= first + len(WORDS.encode(LINE_1))
+    assert wrong_ids(rollout(WRONG_1, 1, LINE_1, LINE_2, LAST), offsets, rule("step")) == ()
+
+
+def spans(surviving: Sequence[int]) -> list[tuple[int, int]]:
+    """Characters of each id, by decoding every prefix."""
+    ends = [len(WORDS.decode(surviving[:end])) for end in range(len(surviving))]
+    return list(zip(ends, ends[1:], strict=False))
 
 
 def test_units_by_hand() -> None:
