@@ -6,6 +6,7 @@ import pickle
 import random
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_right_text_undone_an_error_kept_and_an_empty_stack() -> None:
 
 
 def test_what_is_wrong_in_the_surviving_text() -> None:
-    """A false result and what is false behind it; the wrong line that was taken back is not of it, nor is the right line between."""
+    """A false result and what is false behind it; neither the wrong line that was taken back nor the right one between."""
     one = rollout(WRONG_1, 1, LINE_1, WRONG_2, LAST)
     offsets = spans(one.surviving)
     found = wrong_ids(one, offsets, rule("step"))
@@ -71,7 +72,7 @@ def test_what_is_wrong_in_the_surviving_text() -> None:
 def spans(surviving: Sequence[int]) -> list[tuple[int, int]]:
     """Characters of each id, by decoding every prefix."""
     ends = [len(WORDS.decode(surviving[:end])) for end in range(len(surviving))]
-    return list(zip(ends, ends[1:], strict=False))
+    return list(pairwise(ends))
 
 
 def test_units_by_hand() -> None:
