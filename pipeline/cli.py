@@ -36,7 +36,9 @@ def main(arguments: Sequence[str]) -> int:
     terminal = Terminal(None)
     try:
         settings = load_settings(_config_file(options.config), options.overrides)
-        selection = Selection(tuple(options.only), options.first, options.last, options.force)
+        selection = Selection(tuple(options.only), options.first, options.last, options.force, options.first_round)
+        if not 1 <= options.first_round <= settings.run.rounds:
+            raise StageError(f"--from-round must lie in 1 .. run.rounds = {settings.run.rounds}, is {options.first_round}")
         _import_rewards(settings)
     except (ConfigError, StageError) as error:
         terminal.error(str(error))
@@ -138,5 +140,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], metavar="STAGE", help=f"build this stage alone, of {stages}")
     parser.add_argument("--from", dest="first", metavar="STAGE", help="build this stage and later ones")
     parser.add_argument("--until", dest="last", metavar="STAGE", help="build no stage after this one")
+    parser.add_argument(
+        "--from-round", dest="first_round", type=int, default=1, metavar="N", help="build nothing of the rounds before this one"
+    )
     parser.add_argument("--force", action="store_true", help="build the selected stages even when they are up to date")
     return parser.parse_intermixed_args(arguments)

@@ -21,6 +21,8 @@ class RunSettings(Section):
     root: str = Field("runs", min_length=1, description="Folder that holds all runs; relative to the working folder.")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything; each row gets its own from it.")
     rounds: int = Field(1, ge=1, le=100, description="Self-play rounds: rollouts .. evaluate on the newest accepted model.")
+    patience: int = Field(2, ge=1, le=100, description="Rounds refused in a row after which no other begins.")
+    enough: float = Field(1.0, gt=0, le=1, description="Dev accuracy of an accepted round after which no other begins.")
 
 
 class UndoSettings(Section):
@@ -337,6 +339,12 @@ class EvaluateSettings(SamplingSettings):
     test: int | None = Field(None, ge=1, description="Problems of the test split; null takes all.")
     dev: int = Field(350, ge=1, description="Problems of the dev split, on which a round is accepted.")
     ood: int | None = Field(None, ge=1, description="Problems of the ood split; null takes all.")
+    accept_p: float = Field(
+        0.2,
+        gt=0,
+        le=1,
+        description="A round is refused where dev accuracy fell with a McNemar p of at most this; 1 refuses every fall.",
+    )
     probes: int = Field(300, ge=1, description="Own errors on test problems at which P(undo) is measured.")
 
     @field_validator("modes")

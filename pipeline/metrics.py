@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import fmean
@@ -100,14 +100,28 @@ def _at_temperature(
     return evaluations, comparisons
 
 
-def accepted(rows: Sequence[Evaluated], main: str) -> bool:
-    """Whether the trained model may start the next round: its dev accuracy in mode `main` is not below the start model's. The
-    dev split is decoded at one temperature."""
+def acceptance(rows: Sequence[Evaluated], main: str, p: float) -> dict[str, Any]:
+    """Whether the trained model may start the next round, and the paired test on dev problems in mode `main` that decides it.
 
-    def right(model: str) -> int:
-        return sum(row.correct for row in rows if (row.model, row.mode, row.split) == (model, main, "dev"))
+    It may unless its accuracy there is below the start model's and McNemar's p is at most `p`. The dev split is decoded at one
+    temperature.
+    """
 
-    return right(trained_model(rows)) >= right("base")
+    def right(model: str) -> list[bool]:
+        return [row.correct for row in rows if (row.model, row.mode, row.split) == (model, main, "dev")]
+
+    before, after = right("base"), right(trained_model(rows))
+    found = paired(before, after)
+    if found is None:
+        return {"accepted": True, "dev": None}
+    fell = found.difference < 0 and found.mcnemar_p <= p
+    shares = {"before": fmean(before), "after": fmean(after)}
+    return {"accepted": not fell, "dev": {**shares, **asdict(found)}}
+
+
+def in_numbers(dev: Mapping[str, Any]) -> str:
+    """The paired test of an acceptance in a few words."""
+    return f"from {dev['before']:.3f} to {dev['after']:.3f} (n {dev['n']}, McNemar p {dev['mcnemar_p']:.2g})"
 
 
 def trained_model(rows: Sequence[Evaluated]) -> str:

@@ -7,11 +7,11 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config import Settings
 from pipeline.settings_file import dump_settings
@@ -33,6 +33,8 @@ class Selection:
     last: str | None = None
     force: bool = False
     """Build the selected stages even when they are up to date."""
+    first_round: int = 1
+    """Stages of earlier rounds, and what is made once before them, are not built."""
 
     def __post_init__(self) -> None:
         for name in (*self.only, self.first, self.last):
@@ -41,7 +43,9 @@ class Selection:
         if self.first and self.last and NAMES.index(self.first) > NAMES.index(self.last):
             raise StageError(f"--from {self.first} comes after --until {self.last}")
 
-    def holds(self, stage: str) -> bool:
+    def holds(self, round: int, stage: str) -> bool:
+        if self.first_round > 1 and round < self.first_round:
+            return False
         at = NAMES.index(stage)
         after = self.first is None or at >= NAMES.index(self.first)
         before = self.last is None or at <= NAMES.index(self.last)
@@ -79,7 +83,7 @@ class Pipeline:
     def plan(self) -> Iterator[Planned]:
         """What `run` would do, stage by stage, without doing it."""
         rebuilt: set[tuple[int, str]] = set()
-        for round, stage in steps(self._settings):
+        for round, stage in self._steps(rebuilt):
             state, why = self._decide(round, stage, rebuilt)
             if state == "rebuild":
                 rebuilt.add((round, stage.name))
@@ -96,7 +100,7 @@ class Pipeline:
         (folder / "config.yaml").write_text(dump_settings(self._settings))
         with ExitStack() as stack:
             workers: Workers | None = None
-            for round, stage in steps(self._settings):
+            for round, stage in self._steps():
                 state, why = self._decide(round, stage, set())
                 if state == "rebuild":
                     workers = workers or stack.enter_context(self._workers())
@@ -108,6 +112,41 @@ class Pipeline:
                         self._terminal.warn(f"{stage.name}: {why}")
                     lines.append(self._line(round, stage, 0.0, "reused" if state == "reuse" else "skipped"))
         return lines
+
+    def _steps(self, rebuilt: Container[tuple[int, str]] = ()) -> Iterator[tuple[int, Stage]]:
+        """(round, stage) one after the other, as many rounds as it takes: what stops them is known while they run.
+
+        Args:
+            rebuilt: outputs of which nothing is known yet.
+        """
+        done = 0
+        while True:
+            planned = steps(self._settings)
+            if done == len(planned):
+                return
+            yield planned[done]
+            round, stage = planned[done]
+            done += 1
+            if stage.name == "evaluate" and round < self._settings.run.rounds and (round, "evaluate") not in rebuilt:
+                reason = self._enough(round)
+                if reason:
+                    self._terminal.info(f"no other round after round {round}: {reason}")
+                    only = self._settings.run.model_copy(update={"rounds": round})
+                    self._settings = self._settings.model_copy(update={"run": only})
+
+    def _enough(self, last: int) -> str | None:
+        """Why no round follows the last one; None where one does."""
+        run, refused = self._settings.run, 0
+        metrics: dict[str, Any] = {}
+        for round in range(1, last + 1):
+            found = self._store.path(round, "evaluate") / "metrics.json"
+            metrics = json.loads(found.read_text()) if found.is_file() else {"accepted": True, "dev": None}
+            refused = 0 if metrics["accepted"] else refused + 1
+        if refused >= run.patience:
+            return f"{refused} in a row were refused (run.patience)"
+        if metrics["accepted"] and metrics.get("dev") and metrics["dev"]["after"] >= run.enough:
+            return f"dev accuracy is {metrics['dev']['after']:.3f} (run.enough)"
+        return None
 
     def publish(self) -> Path | None:
         """Put the newest report and the newest accepted model beside the rounds; the report's path, or None when there is none."""
@@ -156,7 +195,7 @@ class Pipeline:
 
     def _decide(self, round: int, stage: Stage, rebuilt: set[tuple[int, str]]) -> tuple[Literal["reuse", "rebuild", "skip"], str]:
         """What to do with a stage, and a word on why where that is no matter of course."""
-        selected = self._selection.holds(stage.name)
+        selected = self._selection.holds(round, stage.name)
         changed = [name for name, at in self._places(round, stage, rebuilt).items() if at is None or at in rebuilt]
         if changed:
             return (

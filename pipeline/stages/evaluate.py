@@ -19,7 +19,7 @@ from actors.engines import Completion, Request, Sampling
 from pipeline.backtrack.cursor import DecodeRequest, Decoding, Mode
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import Settings
-from pipeline.metrics import Evaluated, Probed, accepted, summarise, tokens_table
+from pipeline.metrics import Evaluated, Probed, acceptance, in_numbers, summarise, tokens_table
 from pipeline.stages.io import Codec, decoding_of, read_problems, write_json, write_rows
 from pipeline.stages.probes import own_errors, spread, spurious_undos
 from pipeline.stages.rollouts import context_length, row_seed, within_context
@@ -101,10 +101,11 @@ def run(context: Context) -> None:
     metrics = summarise(rows, probes, context.round, main)
     for line in tokens_table(metrics["evaluations"]):
         context.terminal.info(line)
-    metrics |= {"accepted": accepted(rows, main), "mode": main}
+    metrics |= acceptance(rows, main, asked.accept_p) | {"mode": main}
     write_json(metrics, context.out / "metrics.json")
     if not metrics["accepted"]:
-        context.terminal.warn(f"round {context.round} is not accepted: dev accuracy fell; the next round starts from the old model")
+        fell = f"dev accuracy fell {in_numbers(metrics['dev'])}"
+        context.terminal.warn(f"round {context.round} is not accepted: {fell}; the next round starts from the old model")
     context.counts.update(rows=len(rows), models=len(models), problems=len(chosen), probes=len(probes), prompt_too_long=too_long)
 
 

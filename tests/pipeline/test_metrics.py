@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.metrics import Evaluated, Probed, accepted, summarise, tokens_table
+from pipeline.metrics import Evaluated, Probed, acceptance, in_numbers, summarise, tokens_table
 from pipeline.statistics import auroc, paired, share
 
 scores = st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), max_size=12)
@@ -225,5 +225,16 @@ def test_a_round_is_accepted_when_dev_accuracy_did_not_fall(base: int, sft: int,
     rows += [row("base", i, True, yes, split="test") for i in range(4)]  # the test split has no say
     rows += [row("sft", i, True, not yes, split="dev", mode="soft") for i in range(4)]  # nor has another mode
     rows += [row("base", i, True, yes, split="dev", mode="soft") for i in range(4)]
-    assert accepted(rows, "rewind") is yes
-    assert accepted(rows, "soft") is not yes
+    assert acceptance(rows, "rewind", 1)["accepted"] is yes
+    assert acceptance(rows, "soft", 1)["accepted"] is not yes
+
+
+@pytest.mark.parametrize(("p", "yes"), [(0.05, True), (0.2, False), (1.0, False)])
+def test_a_fall_is_told_from_chance_by_mcnemar(p: float, yes: bool) -> None:
+    """1 gained and 6 lost: the exact test gives 2 (1 + 7) / 2^7 = .125."""
+    rows = [row("base", i, True, i < 6, split="dev") for i in range(10)]
+    rows += [row("sft", i, True, i == 6, split="dev") for i in range(10)]
+    found = acceptance(rows, "rewind", p)
+    assert found["accepted"] is yes
+    assert in_numbers(found["dev"]) == "from 0.600 to 0.100 (n 10, McNemar p 0.12)"
+    assert acceptance([], "rewind", p) == {"accepted": True, "dev": None}

@@ -1,0 +1,84 @@
+"""Which stages a run has: rounds follow one another until one of the stop rules says that it is enough."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.cli import main
+from pipeline.config import RunSettings, Settings
+from pipeline.runner import Pipeline, Selection
+from pipeline.telemetry import Terminal
+
+
+class Said(Terminal):
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.lines: list[str] = []
+
+    def info(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def rounds_of(folder: Path, accepted: list[tuple[bool, float]], **run: Any) -> tuple[list[tuple[int, str]], list[str]]:
+    """(evaluations and the report of a run, what was said), where each round ends as given: accepted, dev accuracy."""
+    terminal = Said()
+    pipeline = Pipeline(Settings(run=RunSettings(name="a", rounds=len(accepted), **run)), folder, Selection(), terminal)
+    seen = []
+    for round, stage in pipeline._steps():
+        if stage.name in ("evaluate", "report"):
+            seen.append((round, stage.name))
+        if stage.name == "evaluate":
+            out = folder / str(round) / "evaluate"
+            out.mkdir(parents=True)
+            yes, after = accepted[round - 1]
+            (out / "metrics.json").write_text(json.dumps({"accepted": yes, "dev": {"after": after}}))
+    return seen, terminal.lines
+
+
+def ran(rounds: int) -> list[tuple[int, str]]:
+    return [*((round, "evaluate") for round in range(1, rounds + 1)), (rounds, "report")]
+
+
+def test_rounds_go_on_to_the_last(tmp_path: Path) -> None:
+    assert rounds_of(tmp_path, [(True, 0.5), (False, 0.4), (True, 0.6), (False, 0.1)]) == (ran(4), [])
+
+
+def test_refused_rounds_in_a_row_end_it(tmp_path: Path) -> None:
+    found, said = rounds_of(tmp_path, [(False, 0.4), (True, 0.5), (False, 0.4), (False, 0.4), (True, 0.9)])
+    assert found == ran(4) and said == ["no other round after round 4: 2 in a row were refused (run.patience)"]
+
+
+def test_the_first_refusal_can_end_it(tmp_path: Path) -> None:
+    assert rounds_of(tmp_path, [(True, 0.5), (False, 0.4), (True, 0.6)], patience=1)[0] == ran(2)
+
+
+def test_an_accuracy_that_is_enough_ends_it(tmp_path: Path) -> None:
+    found, said = rounds_of(tmp_path, [(True, 0.5), (False, 0.95), (True, 0.9), (True, 0.9)], enough=0.9)
+    assert found == ran(3) and said == ["no other round after round 3: dev accuracy is 0.900 (run.enough)"]
+
+
+def test_a_plan_knows_no_end_of_a_round_that_is_still_to_run(tmp_path: Path) -> None:
+    """The metrics of an evaluation that will be made anew say nothing."""
+    out = tmp_path / "1" / "evaluate"
+    out.mkdir(parents=True)
+    (out / "metrics.json").write_text(json.dumps({"accepted": True, "dev": {"after": 1.0}}))
+    settings = Settings(run=RunSettings(name="a", rounds=2, enough=0.9))
+    for rebuilt, last in ((set[tuple[int, str]](), 1), ({(1, "evaluate")}, 2)):
+        planned = list(Pipeline(settings, tmp_path, Selection(), Said())._steps(rebuilt))
+        assert planned[-1][0] == last and planned[-1][1].name == "report"
+
+
+def test_from_round_leaves_what_is_before() -> None:
+    later = Selection(first_round=2)
+    assert not later.holds(0, "base") and not later.holds(1, "sft")
+    assert later.holds(2, "rollouts") and later.holds(2, "report")
+    assert Selection().holds(0, "base") and not Selection(("sft",), first_round=2).holds(2, "evaluate")
+
+
+def test_from_round_is_within_the_rounds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--from-round", "3", "run.rounds=2"]) == 2
+    assert "--from-round must lie in 1 .. run.rounds = 2, is 3" in capsys.readouterr().err
