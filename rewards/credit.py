@@ -82,7 +82,10 @@ def advantages(
 
 
 def own_credit(run: UndoRun) -> int:
-    """What a run of undos did: 1: it made a wrong state right; -1: it made a right one wrong, or removed right text alone."""
+    """What a run of undos did: 1: it made a wrong state right that could be seen to be wrong; -1: it made a right one wrong, or
+    removed right text alone. Undoing what nothing speaks against yet is a guess at how often choices are wrong: 0."""
+    if run.improvement > 0:
+        return int(run.seen)
     return run.improvement or -(run.unnecessary > 0)
 
 

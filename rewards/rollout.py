@@ -39,6 +39,8 @@ class UndoRun:
     """Undo tokens that deleted something while nothing wrong stood there."""
     noops: int
     """Undo tokens that met an empty stack."""
+    seen: bool = True
+    """Where the state was wrong: whether what stood there showed it."""
 
     @property
     def improvement(self) -> int:
@@ -116,6 +118,7 @@ def undo_runs(problem: Problem, ids: Sequence[int], rule: UndoRule, decode: Deco
     places = list(islice((index for index, token in enumerate(ids) if token == rule.undo_id), most))
     stream = UndoStream(rule)
     known: dict[tuple[int, ...], bool] = {(): True}
+    judge = judge_of(problem)
 
     def is_right() -> bool:
         state = stream.surviving
@@ -129,6 +132,7 @@ def undo_runs(problem: Problem, ids: Sequence[int], rule: UndoRule, decode: Deco
         start = end = places[index]
         stream.feed(ids[at:start])
         before = right = is_right()
+        seen = before or judge.evidence_seen(problem, decode(stream.surviving))
         unnecessary = noops = 0
         while index < len(places) and places[index] == end:
             deleted = stream.take(ids[end])
@@ -136,7 +140,7 @@ def undo_runs(problem: Problem, ids: Sequence[int], rule: UndoRule, decode: Deco
             unnecessary += deleted > 0 and right
             right = is_right()
             index, end = index + 1, end + 1
-        runs.append(UndoRun(start, end, before, right, unnecessary, noops))
+        runs.append(UndoRun(start, end, before, right, unnecessary, noops, seen))
         at = end
     return tuple(runs)
 

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 from pipeline.tasks.families import BY_NAME
 from pipeline.tasks.problem import Problem
+from verifiers.arithmetic import equations
 from verifiers.judge import FirstError, Verdict
 from verifiers.steps import FINAL
-from verifiers.task import Attempt, TaskJudge, line_of
+from verifiers.task import Attempt, TaskJudge, line_of, may_become_right
 
 _CHOICE = re.compile(r"Try (\d{1,4}) ")
 
@@ -52,6 +53,15 @@ class SyntheticJudge(TaskJudge):
         if _wrong_choice(problem, text) and not (FINAL.search(text) and self.correct(problem, text)):
             return True
         return super().state_is_wrong(problem, text)
+
+    def evidence_seen(self, problem: Problem, text: str) -> bool:
+        choice = _wrong_choice(problem, text)
+        if choice is None:
+            return True
+        _, _, own = line_of(text, choice.start(1))
+        if len(own) >= len(attempt_text(problem, int(choice[1]))):
+            return True
+        return any(one.verdict == "false" for one in equations(own)) and not may_become_right(own)
 
 
 def attempt_text(problem: Problem, choice: int) -> str:

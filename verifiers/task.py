@@ -83,7 +83,12 @@ class TaskJudge:
         if error.end < len(text):
             return True
         unfinished_number = error.kind in ("quantity", "operand") and text[-1].isdigit()
-        return not unfinished_number and not _may_become_right(text)
+        return not unfinished_number and not may_become_right(text)
+
+    def evidence_seen(self, problem: Problem, text: str) -> bool:
+        """Whether what stands in an unfinished solution that is wrong already shows that it is. In a calculation the wrong part
+        itself does."""
+        return True
 
 
 def line_of(solution: str, at: int) -> tuple[int, int, str]:
@@ -93,7 +98,7 @@ def line_of(solution: str, at: int) -> tuple[int, int, str]:
     return solution.count("\n", 0, at), start, solution[start : len(solution) if end < 0 else end].rstrip()
 
 
-def _may_become_right(text: str) -> bool:
+def may_become_right(text: str) -> bool:
     """Whether the text stops within a right result: `12+10=2` is no error while a digit can follow."""
     last = max(equations(text), key=lambda equation: equation.right_end, default=None)
     if last is None or last.left is None or last.right_end < len(text):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.backtrack.tree import Rewinding, Walk
 from pipeline.backtrack.undo import Unit, apply_undo
-from rewards.credit import Credit, Episode, advantages, spread
+from rewards.credit import Credit, Episode, advantages, own_credit, spread
 from rewards.rollout import UndoRun
 from tests.pipeline.tiny import FORMS, U, decisions, rule
 
@@ -95,6 +95,11 @@ def test_undo_credit_is_added_to_each_undo_of_a_run(kind: Credit) -> None:
     without, with_credit = (advantages(group, TOKEN, kind, 2.0, undo_credit)[0] for undo_credit in (0.0, 0.25))
     difference = [after - before for before, after in zip(without, with_credit, strict=True)]
     assert difference == pytest.approx([0, 0, 0.25, 0.25, 0, -0.25, 0, 0, 0, -0.25])
+
+
+def test_an_undo_before_any_evidence_earns_nothing_of_its_own() -> None:
+    run = UndoRun(2, 4, False, True, 0, 0)
+    assert [own_credit(one) for one in (run, replace(run, seen=False), replace(run, seen=False, after=False))] == [1, 0, 0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from pipeline.backtrack.undo import Unit, apply_undo
+from pipeline.backtrack.undo import UndoRule, Unit, apply_undo
 from pipeline.tasks.problem import Problem
 from rewards.rollout import UndoRun, judged, state_is_wrong, undo_runs, verdict_of, wrong_ids
 from tests.rewards.made import (
@@ -31,6 +31,7 @@ from tests.rewards.made import (
     rule,
     solution,
 )  # fmt: skip
+from verifiers.synthetic import attempt_text
 from verifiers.tasks import judge_of
 
 
@@ -53,6 +54,16 @@ def test_right_text_undone_an_error_kept_and_an_empty_stack() -> None:
         (1, False, False, 0, 0),  # the error stands one line above
     ]
     assert (one.undos, one.noops, one.unnecessary, one.correct) == (5, 2, 1, False)
+
+
+def test_whether_a_run_of_undos_had_seen_the_error() -> None:
+    problem = next(one for one in PROBLEMS if one.hindsight)
+    right = int(problem.solution.split()[1])
+    text = attempt_text(problem, right + 1)
+    for length, seen in ((len(text), True), (text.index(":") + 1, False)):
+        ids = [*range(length), 999, *range(1000, 1003)]
+        runs = undo_runs(problem, ids, UndoRule(999, "all"), lambda some: text[: len(some)])
+        assert [(run.before, run.after, run.seen) for run in runs] == [(False, True, seen)]
 
 
 def test_what_is_wrong_in_the_surviving_text() -> None:

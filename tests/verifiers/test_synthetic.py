@@ -168,6 +168,19 @@ def test_a_wrong_try_is_a_wrong_state(problem: Problem, draw: random.Random) -> 
     )
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(HINDSIGHT), st.randoms(use_true_random=False))
+def test_a_wrong_choice_is_seen_once_all_of_its_consequences_stand_there(problem: Problem, draw: random.Random) -> None:
+    """Or once one of them is false, which the calculation itself shows."""
+    judge, choice = judge_of(problem), wrong_choice(problem, draw)
+    text = attempt_text(problem, choice)
+    assert judge.evidence_seen(problem, text) and judge.evidence_seen(problem, f"{text}3")
+    assert not any(judge.evidence_seen(problem, text[:end]) for end in range(text.index(":"), len(text)))
+    assert judge.evidence_seen(problem, rationalised(problem, choice, draw).splitlines()[0])
+    first = re.search(r"=(\d+)>>", text)
+    assert first and judge.evidence_seen(problem, f"{text[: first.start(1)]}{int(first[1]) + 1}>>")
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(PROBLEMS), st.data())
 def test_a_false_equation_is_a_wrong_state(problem: Problem, data: st.DataObject) -> None:
