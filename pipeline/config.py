@@ -119,6 +119,10 @@ class ClusterSettings(Section):
     learner_workers: int = Field(1, ge=1, le=4096, description="Processes that share each training step, by Ray Train.")
     judge: SmallActorResources = Field(SmallActorResources(), description="Resources of one judge task.")
     start_timeout: int = Field(300, ge=5, le=86_400, description="Seconds to wait for an actor to be placed and ready.")
+    batch_timeout: int = Field(
+        3600, ge=1, le=604_800, description="Seconds a rollout actor may take for a batch before it is killed."
+    )
+    restarts: int = Field(5, ge=0, le=100_000, description="Rollout actors started again after they died, in one run.")
 
 
 class SamplingSettings(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,7 +98,47 @@ def test_weights_that_are_not_what_their_probe_says_are_refused(pool: RolloutPoo
         pool.publish(ray.put(Weights(one.arrays, "float32", two.probe)), "new")
 
 
+def test_a_dead_actor_is_started_again_with_the_weights_of_now(
+    pool: RolloutPool, folders: dict[str, Path], said: list[str]
+) -> None:
+    how = decoding_of(folders["one"])[1]
+    model = AutoModelForCausalLM.from_pretrained(folders["two"])
+    pool.publish(ray.put(Weights.of(model, "float32")), "two")
+    for actor in list(pool._actors):
+        ray.kill(actor)
+    found, version = pool.decode(REQUESTS, how, 4)
+    assert (ids(found), version) == (ids(expected(folders["two"])), "two")
+    assert [line.split(":")[0] for line in said] == [
+        f"a rollout actor died and is started again, {left} times more at most" for left in (4, 3)
+    ]
+    ray.kill(pool._actors[1])
+    pool.use(folders["one"], "one")  # one answers, the other begins with them
+    assert len(said) == 3 and ids(pool.decode(REQUESTS, how, 8)[0]) == ids(expected(folders["one"]))
+
+
+def test_an_actor_that_hangs_is_killed_and_started_again(
+    workers: Workers, folders: dict[str, Path], said: list[str], tmp_path: Path
+) -> None:
+    cluster = SETTINGS.cluster.model_copy(update={"rollout_actors": 1, "batch_timeout": 10})
+    pool = RolloutPool(SETTINGS.model_copy(update={"cluster": cluster}), folders["one"], "one", ROW_TOKENS, tmp_path, said.append)
+    how = decoding_of(folders["one"])[1]
+    assert ids(pool.decode(REQUESTS[:4], how, 4)[0]) == ids(expected(folders["one"])[:4])
+    os.kill(ray.get(pool._actors[0].__ray_call__.remote(lambda self: os.getpid())), signal.SIGSTOP)
+    found = pool.decode(REQUESTS[:4], how, 4)[0]
+    assert ids(found) == ids(expected(folders["one"])[:4])
+    assert said[0] == "a rollout actor has not answered for cluster.batch_timeout=10 s and is killed" and len(said) == 2
+    pool.close()
+
+
+def test_a_model_that_does_not_load_is_not_tried_again(workers: Workers, folders: dict[str, Path], tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(ClusterError, match="a rollout actor did not start: "):
+        RolloutPool(SETTINGS, tmp_path / "nowhere", "x", ROW_TOKENS, tmp_path, said.append)
+    assert said == []
+
+
 def test_what_a_dead_actor_had_in_work_is_done_by_another(pool: RolloutPool, folders: dict[str, Path], said: list[str]) -> None:
+    pool._restarts = 0
     ray.kill(pool._actors[0])
     found, _ = pool.decode(REQUESTS, decoding_of(folders["one"])[1], 4)
     assert ids(found) == ids(expected(folders["one"]))
