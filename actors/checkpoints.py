@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,3 +80,26 @@ class Checkpoints(TrainerCallback):
             file.flush()
             os.fsync(file.fileno())
         part.replace(path / _WHOLE)
+
+
+def save_step(kept: Path, step: int, write: Callable[[Path], None]) -> None:
+    """A checkpoint of a loop of our own: what `write` puts into a folder, in place of the one before. Complete or not there: the
+    folder gets its name last."""
+    folder = kept / f"step-{step}"
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    write(part)
+    for file in part.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    part.rename(folder)
+    for old in kept.glob("step-*"):
+        if old != folder:
+            shutil.rmtree(old)
+
+
+def newest_step(kept: Path) -> Path | None:
+    """The folder that `save_step` has left; None where there is none."""
+    found = [path for path in kept.glob("step-*") if path.suffix != ".part"]
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)

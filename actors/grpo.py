@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,19 @@ from typing import Any
 import ray
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.learner import TrainingError
 from actors.memory import out_of_memory
 from actors.policy import Policy, Rows, Sampled, batches, score
-from actors.segments import attends_by_segment
-from actors.trainable import merged, prepare, save
+from actors.policy_learner import LearningError, PolicyLearner
+from actors.trainable import merged
 from actors.weights import Weights
 from pipeline.grpo_config import GrpoSettings
 from pipeline.telemetry import redirect_process_output
 
 Report = dict[str, float]
-_STATE = "learner.pt"
 # Visible tokens, per unit of width, that cost as much as a token's linear layers: 6 by the count of multiplications (12 width^2
 # against 2 width), 4.4 as measured on CPUs.
 _DENSE = 4
-
-
-class LearningError(TrainingError):
-    """Learning cannot go on; one line."""
 
 
 @dataclass(frozen=True)
@@ -55,31 +47,13 @@ class Step:
     """[rollouts] 0 for those whose policy is too far away; None where tokens are weighted, or nothing is."""
 
 
-class Grpo:
-    """A model, its optimiser, and its reference."""
+class Grpo(PolicyLearner):
+    """A model that learns from the rollouts of groups."""
 
     def __init__(self, folder: Path, settings: GrpoSettings, policy: Policy, seed: int) -> None:
-        self.settings, self.policy, self.step = settings, policy, 0
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        torch.manual_seed(seed)  # adapters begin at random
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self._by_segment = attends_by_segment(plain)
-        self._dense = _DENSE * plain.config.get_text_config().hidden_size if self._by_segment else None
-        lora = settings.lora
-        self.model: Any = prepare(plain, policy.rule.undo_id, settings.trainable, lora.rank, lora.alpha)
-        self.model.to(self._device).train()
-        self._reference: Any = None
-        if settings.beta and settings.trainable == "all":  # adapters are switched off instead
-            self._reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            self._reference.to(self._device).eval()
-            attends_by_segment(self._reference)
-        self._trained = [part for part in self.model.parameters() if part.requires_grad]
-        self._optimiser = torch.optim.AdamW(self._trained, settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
-        rise, total = settings.warmup + 1, settings.steps * settings.updates or math.inf
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimiser, lambda step: min(1.0, (step + 1) / rise) * max(0.0, 1 - step / total)
-        )
+        super().__init__(folder, settings, policy, seed, settings.steps * settings.updates, bool(settings.beta))
+        self.settings = settings
+        self._dense = _DENSE * self._width if self._by_segment else None
 
     def learn(self, groups: Sequence[Sequence[int]], rollouts: Sequence[Sampled]) -> Report:
         """One step, of `settings.updates` optimiser steps, on groups of rollouts given by their numbers.
@@ -98,17 +72,13 @@ class Grpo:
         begun = time.monotonic()
         step, sums, norms = self.begin(groups, rollouts), Sums(), []
         for _ in range(self.settings.updates):
-            self._optimiser.zero_grad()
-            sums.add("loss", self.accumulate(step, sums))
-            norms.append(float(torch.nn.utils.clip_grad_norm_(self._trained, self.settings.max_grad_norm)))
-            if not math.isfinite(norms[-1]):
-                raise LearningError(f"the gradient is {norms[-1]} at step {self.step + 1}: lower grpo.lr")
-            self._optimiser.step()
-            self._schedule.step()
+            loss, norm = self._update(lambda: self.accumulate(step, sums))
+            sums.add("loss", loss)
+            norms.append(norm)
         self.step += 1
         return sums.report(self.settings.updates) | {
             "grad_norm": sum(norms) / len(norms),
-            "lr": self._optimiser.param_groups[0]["lr"],
+            "lr": self.learning_rate,
             "learn_seconds": time.monotonic() - begun,
             "row_tokens": sum(int(part.inputs["input_ids"].numel()) for part in step.parts),
             "tokens": sum(len(one.walk.ids) for one in rollouts),
@@ -137,9 +107,7 @@ class Grpo:
         for part, old, reference in zip(step.parts, step.olds, step.references, strict=True):
             logprobs, entropy = score(self.model, part, self.policy)
             loss = self._loss(part, logprobs, old, reference, step, sums)
-            if not loss.isfinite():
-                raise LearningError(f"the loss is {loss.item()} at step {self.step + 1}: lower grpo.lr")
-            loss.backward()  # type: ignore[no-untyped-call]
+            self._backward(loss)
             total += loss.detach()
             sums.mean("entropy", entropy)
         return total
@@ -187,31 +155,12 @@ class Grpo:
     def _reference_logprobs(self, rows: Rows) -> Tensor | None:
         if not self.settings.beta:
             return None
-        without = nullcontext() if self._reference is not None else self.model.disable_adapter()
-        with without:
-            return self._logprobs(self._reference if self._reference is not None else self.model, rows)
+        with self._referring() as model:
+            return self._logprobs(model, rows)
 
     def weights(self, dtype: str) -> Weights:
         """For engines: adapters merged."""
-        return Weights.of(merged(self.model, self.settings.trainable), dtype)
-
-    def save(self, folder: Path) -> None:
-        """An ordinary Hugging Face folder."""
-        save(self.model.eval(), self.tokenizer, folder, self.settings.trainable)
-        self.model.train()
-
-    def checkpoint(self, folder: Path) -> None:
-        trained = {name: part for name, part in self.model.named_parameters() if part.requires_grad}
-        state = {"trained": trained, "optimiser": self._optimiser.state_dict(), "schedule": self._schedule.state_dict()}
-        torch.save({**state, "step": self.step, "random": torch.get_rng_state()}, folder / _STATE)
-
-    def restore(self, folder: Path) -> None:
-        state = torch.load(folder / _STATE, map_location=self._device, weights_only=True)
-        self.model.load_state_dict(state["trained"], strict=False)  # tied weights have two names
-        self._optimiser.load_state_dict(state["optimiser"])
-        self._schedule.load_state_dict(state["schedule"])
-        self.step = state["step"]
-        torch.set_rng_state(state["random"].cpu())
+        return Weights.of(merged(self.model, self._trainable), dtype)
 
 
 def loss_weights(rollouts: Sequence[Sampled], settings: GrpoSettings) -> list[float]:

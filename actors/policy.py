@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,11 @@ from torch import Tensor
 from actors.learner import logits_only_at
 from actors.segments import NO_MASK, blocks
 from pipeline.backtrack.layout import Segment, lay_out, rewind
+from pipeline.backtrack.trace import Role
 from pipeline.backtrack.tree import Rewinding, Walk, grow
 from pipeline.backtrack.undo import UndoRule
+
+_NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,14 @@ class Policy:
     rewinding: Rewinding
     undo_bias: float = 0.0
     vocabulary: int | None = None
+    rewinds: bool = True
+    """False: deleted text stays in the context (form soft); undo is a token like any other there."""
+
+    def grown(self, walks: Sequence[Walk]) -> Segment:
+        """The tree of several walks as this policy sees them, with all actions that count, and wrong decisions."""
+        rule = self.rule if self.rewinds else replace(self.rule, undo_id=_NO_TOKEN)
+        segment = rewind(grow(walks, rule, self.rewinding))
+        return replace(segment, actions=tuple(one for one in segment.actions if one.weight or one.role == Role.ERROR))
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,8 @@ class Rows:
     """[actions] What the action counts in the loss."""
     rollout: Tensor
     """[actions] Number of its rollout among those of the step."""
+    role: Tensor
+    """[actions] What the emitted id is in a trace; -1 when not known."""
 
     def to(self, device: Any) -> Rows:
         if torch.device(device).type == "cpu":
@@ -103,7 +116,7 @@ def trees(
     """
 
     def grown(numbers: list[int]) -> Tree:
-        return rewind(grow([rollouts[number].walk for number in numbers], policy.rule, policy.rewinding)), numbers
+        return policy.grown([rollouts[number].walk for number in numbers]), numbers
 
     def work(segment: Segment, dense: int) -> int:
         return len(segment.ids) * (dense + len(segment.ids))
@@ -135,7 +148,7 @@ def batches(
 
     Args:
         groups: for each group the numbers of its rollouts.
-        weights: [rollouts] what one action of each counts.
+        weights: [rollouts] what one action of each counts, times the weight that it has in its walk.
         dense: see `trees`; for attention by segment, which does not span whole rows.
     """
     packed: list[list[Tree]] = []
@@ -183,22 +196,38 @@ def _rows(
         banned=torch.tensor(banned, dtype=torch.long).reshape(-1, 2),
         behaviour=torch.tensor([unknown if action.logprob is None else action.logprob for action in actions]),
         advantage=torch.tensor([rollouts[n].advantages[at] for n, at in zip(numbers, credited, strict=True)]),
-        weight=torch.tensor([weights[n] for n in numbers]),
+        weight=torch.tensor([weights[n] * action.weight for n, action in zip(numbers, actions, strict=True)]),
         rollout=torch.tensor(numbers, dtype=torch.long),
+        role=torch.tensor([action.role for action in actions], dtype=torch.long),
     )
 
 
 def score(model: Any, rows: Rows, policy: Policy) -> tuple[Tensor, Tensor]:
     """Log-probability [actions] of each action under the policy, and the policy's entropy [places] in nats before any ban."""
+    logits_PV = logits_of(model, rows, policy)
+    logprobs_A, norm_P = logprobs_of(logits_PV, rows, policy)
+    with torch.no_grad():
+        probs_PV = (logits_PV - norm_P.unsqueeze(1)).exp()
+        entropy_P = norm_P - (probs_PV * logits_PV).sum(-1)
+    return logprobs_A, entropy_P
+
+
+def logits_of(model: Any, rows: Rows, policy: Policy) -> Tensor:
+    """[places, vocabulary] of the policy, before any ban."""
     with logits_only_at(model, rows.row, rows.column):
-        logits_PV = model(**rows.inputs, use_cache=False).logits.float()
-    undo_id = policy.rule.undo_id
+        logits_PV: Tensor = model(**rows.inputs, use_cache=False).logits.float()
     if policy.vocabulary is not None and policy.vocabulary < logits_PV.shape[1]:
         logits_PV = logits_PV[:, : policy.vocabulary]
     if policy.undo_bias:
         bias = torch.zeros(logits_PV.shape[1], device=logits_PV.device)
-        bias[undo_id] = policy.undo_bias
+        bias[policy.rule.undo_id] = policy.undo_bias
         logits_PV = logits_PV + bias
+    return logits_PV
+
+
+def logprobs_of(logits_PV: Tensor, rows: Rows, policy: Policy) -> tuple[Tensor, Tensor]:
+    """Log-probability [actions] of each action, and the logarithm [places] of the sum of exp(logits)."""
+    undo_id = policy.rule.undo_id
     norm_P = logits_PV.logsumexp(-1)
     undo = torch.tensor([undo_id], device=logits_PV.device)
     others_P = logits_PV.index_fill(1, undo, -math.inf).logsumexp(-1)
@@ -213,7 +242,4 @@ def score(model: Any, rows: Rows, policy: Policy) -> tuple[Tensor, Tensor]:
         forbidden_SV[:, undo_id] |= rows.without_undo[some]
         norm_A = norm_A.index_put((some,), open_SV.masked_fill(forbidden_SV, -math.inf).logsumexp(-1))
     logprobs_A = torch.where(rows.ends_run, (others_P - norm_P)[rows.place], chosen_A - norm_A)
-    with torch.no_grad():
-        probs_PV = (logits_PV - norm_P.unsqueeze(1)).exp()
-        entropy_P = norm_P - (probs_PV * logits_PV).sum(-1)
-    return logprobs_A, entropy_P
+    return logprobs_A, norm_P

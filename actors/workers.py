@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 
 from actors.checks import HeldOut
 from actors.cluster import ClusterError, actor_options, ray_session
+from actors.dpo import DpoActor, PairSet, Record
 from actors.engines import engine_kind
 from actors.grpo import GrpoActor, Report
 from actors.learner import Curve, DevCheck, LearnerActor
@@ -26,6 +27,7 @@ from actors.rollout import RolloutPool
 from actors.watch import Watch
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import Settings, TrainSettings
+from pipeline.dpo_config import DpoSettings
 from pipeline.grpo_config import GrpoSettings
 
 EngineKind = Literal["vllm", "hf"]
@@ -106,6 +108,45 @@ class Workers:
                 on_progress(self._get(answer, how))
         curve: Curve = self._get(result, how)
         return curve
+
+    def dpo(
+        self,
+        source: Path,
+        target: Path,
+        data: PairSet,
+        settings: DpoSettings,
+        policy: Policy,
+        seed: int,
+        resume: Path,
+        on_records: Callable[[Sequence[Record]], None],
+    ) -> None:
+        """Train the model of `source` on pairs in an actor of its own, in the place of the learner, and save it as `target`.
+
+        Args:
+            resume: for checkpoints.
+            on_records: called with the figures of steps and checks as they come, each once.
+
+        Raises:
+            ClusterError: the actor died or could not be placed.
+        """
+        self.start()
+        self._stop_learner()
+        options = actor_options(self._settings.cluster.learner, "dpo", 1)
+        actor = DpoActor.options(**options).remote(str(self._log_dir / "dpo.log"))
+        how, told = "lower dpo.rows or dpo.row_tokens", 0
+        folders = (str(source.resolve()), str(target.resolve()))
+        result = actor.fit.remote(*folders, data, settings, policy, seed, str(resume.resolve()))
+        try:
+            while not ray.wait([result], timeout=_POLL_SECONDS)[0]:
+                answer = actor.records.remote(told)
+                if ray.wait([answer, result], timeout=_POLL_SECONDS)[0] == [answer]:  # a busy learner answers at the next poll
+                    records: list[Record] = self._get(answer, how)
+                    on_records(records)
+                    told += len(records)
+            every: list[Record] = self._get(result, how)
+            on_records(every[told:])
+        finally:
+            ray.kill(actor)
 
     def grpo(self, folder: Path, settings: GrpoSettings, policy: Policy, seed: int) -> GrpoLearner:
         """A GRPO learner that starts from the model of `folder`, in the place of the learner; its user closes it."""

@@ -24,7 +24,7 @@ def model_card(settings: Settings, metrics: Mapping[str, Any], model: str) -> st
 
     Args:
         metrics: as the report stage gathers them.
-        model: name of the exported model among the metrics: `sft` or `grpo`, or `base` where no round was accepted.
+        model: name of the exported model among the metrics: `sft`, `dpo` or `grpo`, or `base` where no round was accepted.
     """
     return "\n".join(_lines(settings, metrics, model)) + "\n"
 
@@ -50,6 +50,10 @@ def _lines(settings: Settings, metrics: Mapping[str, Any], model: str) -> Iterat
             f"trainable `{sft.trainable}`, {sft.steps} steps of {sft.rows} x {sft.row_tokens} tokens; round {shown} of {of}, "
             f"seed {settings.run.seed}."
         )
+    if settings.dpo.steps and model in ("dpo", "grpo"):
+        dpo = settings.dpo
+        how = f"loss `{dpo.loss}`, beta {dpo.beta:g}, form `{dpo.form}`"
+        yield f"- Then preferences ({how}): {dpo.steps} steps of {dpo.batch} pairs."
     if model == "grpo":
         grpo = settings.grpo
         yield (

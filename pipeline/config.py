@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.backtrack.curriculum import parse_schedule
+from pipeline.dpo_config import DpoSettings
 from pipeline.grpo_config import GrpoSettings, LoraSettings
 from pipeline.task_config import CountdownTask, Gsm8kTask, Section, SyntheticTask
 
@@ -412,6 +413,7 @@ class Settings(Section):
     judge: JudgeSettings = Field(JudgeSettings(), description="Right or wrong, and where it went wrong.")
     traces: TraceSettings = Field(TraceSettings(), description="Backtrack traces from judged rollouts.")
     sft: SftSettings = Field(SftSettings(), description="Masked fine-tuning.")
+    dpo: DpoSettings = Field(DpoSettings(), description="Learning from preferences.")
     grpo: GrpoSettings = Field(GrpoSettings(), description="Reinforcement learning of when to undo.")
     decode: DecodeSettings = Field(DecodeSettings(), description="Decoding that rewinds.")
     evaluate: EvaluateSettings = Field(EvaluateSettings(), description="Measuring.")

@@ -126,7 +126,7 @@ def in_numbers(dev: Mapping[str, Any]) -> str:
 
 def trained_model(rows: Sequence[Evaluated]) -> str:
     """Name of the model that a round ends with."""
-    return "grpo" if any(row.model == "grpo" for row in rows) else "sft"
+    return next((name for name in ("grpo", "dpo") if any(row.model == name for row in rows)), "sft")
 
 
 def _groups(rows: Sequence[Any]) -> Iterator[tuple[str, Callable[[Any], bool]]]:

@@ -45,6 +45,7 @@ LABELS = {
     "base": "before",
     "clean_control": "clean control",
     "sft": "after",
+    "dpo": "after preferences",
     "grpo_control": "control after GRPO",
     "grpo": "after GRPO",
 }

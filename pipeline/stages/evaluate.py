@@ -115,6 +115,8 @@ def _models(context: Context) -> list[Model]:
     if (context.inputs["sft"] / CONTROL).is_dir():
         models.append(Model("clean_control", context.inputs["sft"] / CONTROL, f"{context.digests['sft']}/{CONTROL}"))
     models.append(Model("sft", context.inputs["sft"], context.digests["sft"]))
+    if preferring := context.inputs.get("dpo"):
+        models.append(Model("dpo", preferring, context.digests["dpo"]))
     if learned := context.inputs.get("grpo"):
         if (learned / CONTROL).is_dir():
             models.append(Model("grpo_control", learned / CONTROL, f"{context.digests['grpo']}/{CONTROL}"))

@@ -13,7 +13,7 @@ from pipeline.stages.stage import Input, Stage, StageError
 from pipeline.task_config import Gsm8kTask
 
 MODEL = "model"
-"""Stands for the newest accepted model before a round: an earlier round's grpo or sft output, or base."""
+"""Stands for the newest accepted model before a round: an earlier round's grpo, dpo or sft output, or base."""
 
 _PROBLEMS = Input("problems", 0, "problems")
 _BASE = Input("base", 0, "base")
@@ -49,6 +49,12 @@ def longest_trace(settings: Settings) -> int:
     """Tokens of a trace that both the learner's rows and a model made here have room for."""
     scratch = settings.base.model == "scratch"
     return min(settings.sft.row_tokens, settings.base.scratch.context) if scratch else settings.sft.row_tokens
+
+
+def longest_pair(settings: Settings) -> int:
+    """The same for a pair of preferences."""
+    scratch = settings.base.model == "scratch"
+    return min(settings.dpo.row_tokens, settings.base.scratch.context) if scratch else settings.dpo.row_tokens
 
 
 def longest_completion(settings: Settings) -> int:
@@ -142,6 +148,21 @@ STAGES: tuple[Stage, ...] = (
         },
     ),
     Stage(
+        "dpo",
+        1,
+        lambda round: (_PROBLEMS, _model(round), Input("sft", round, "sft")),
+        lambda s: {
+            "dpo": s.dpo.model_dump(mode="json", exclude={"checkpoint_every"}),
+            "longest": longest_pair(s),
+            "traces": s.traces.model_dump(mode="json", include={"nearness"}),
+            "rewinding": s.decode.rewinding,
+            "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
+            "prompt": s.base.prompt,
+            "seed": s.run.seed,
+            "own_errors": _own_errors(s) if s.dpo.probes else None,
+        },
+    ),
+    Stage(
         "grpo",
         1,
         lambda round: (_PROBLEMS, _model(round), Input("sft", round, "sft")),
@@ -209,10 +230,19 @@ NAMES = tuple(stage.name for stage in STAGES)
 
 
 def steps(settings: Settings) -> list[tuple[int, Stage]]:
-    """(round, stage) in the order of a run: what is made once, the rounds (grpo in them where it has steps), an experiment on the
-    first round's traces where one is configured, the report of all of them."""
+    """(round, stage) in the order of a run: what is made once, the rounds (with dpo and grpo where they have steps), an
+    experiment on the first round's traces where one is configured, the report of all of them."""
     rounds = settings.run.rounds
     by_name = {stage.name: stage for stage in STAGES}
+    if settings.dpo.steps:
+        own = [] if settings.dpo.pairs == "search" else ["rollouts", "judge"]
+        read = own if settings.dpo.pairs == "own" else [*own, "search"]
+        by_name["dpo"] = _reads(by_name["dpo"], lambda round: [Input(name, round, name) for name in read])
+        by_name["grpo"] = _reads(by_name["grpo"], lambda round: [Input("dpo", round, "dpo")])
+        by_name["evaluate"] = _reads(by_name["evaluate"], lambda round: [Input("dpo", round, "dpo")])
+        by_name["report"] = _reads(by_name["report"], lambda round: [Input(f"dpo-{r}", r, "dpo") for r in range(1, round + 1)])
+    else:
+        del by_name["dpo"]
     if settings.grpo.steps:
         by_name["evaluate"] = _reads(by_name["evaluate"], lambda round: [Input("grpo", round, "grpo")])
         by_name["report"] = _reads(by_name["report"], lambda round: [Input(f"grpo-{r}", r, "grpo") for r in range(1, round + 1)])
@@ -234,4 +264,4 @@ def _reads(stage: Stage, more: Callable[[int], Sequence[Input]]) -> Stage:
 
 def trained_stage(settings: Settings) -> str:
     """The stage whose model a round ends with."""
-    return "grpo" if settings.grpo.steps else "sft"
+    return "grpo" if settings.grpo.steps else "dpo" if settings.dpo.steps else "sft"

@@ -8,9 +8,7 @@ from its last checkpoint as if nothing had happened.
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from actors.checkpoints import newest_step, save_step
 from actors.engines import parameters
 from actors.policy import Policy, Sampled
 from actors.rollout import RolloutPool
@@ -48,7 +47,8 @@ Record = dict[str, Any]
 
 def run(context: Context) -> None:
     settings = context.settings
-    history = _train(context, "grpo", context.inputs["sft"], context.out, "rewind")
+    start = "dpo" if "dpo" in context.inputs else "sft"
+    history = _train(context, "grpo", context.inputs[start], context.out, "rewind")
     if settings.grpo.control:
         _train(context, "grpo/control", context.inputs["sft"] / CONTROL, context.out / CONTROL, "forbidden")
     steps = [record for record in history if "reward" in record]
@@ -170,7 +170,8 @@ class _Loop:
         if kind is None and settings.engine.kind == "auto" and not on_gpus and parameters(source) < _SMALL:
             kind = "hf"
         context = self._context
-        return context.workers.pool(source, f"{context.digests['sft']}/{self._name}", context_length(context), kind)
+        start = "/".join(context.digests[name] for name in ("sft", "dpo") if name in context.digests)
+        return context.workers.pool(source, f"{start}/{self._name}", context_length(context), kind)
 
     # Rollouts
 
@@ -359,12 +360,6 @@ class _Loop:
     # Checkpoints
 
     def _save(self) -> None:
-        """Complete or not there: the folder gets its name last."""
-        folder = self._kept / f"step-{self._step}"
-        part = folder.with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        self._learner.checkpoint(part)
         state = {
             "step": self._step,
             "drawn": self._drawn,
@@ -372,20 +367,17 @@ class _Loop:
             "history": self.history,
             "waiting": [batch.to_json() for batch in self._waiting],
         }
-        with (part / _STATE).open("w") as file:
-            json.dump(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.rename(folder)
-        for old in self._kept.glob("step-*"):
-            if old != folder:
-                shutil.rmtree(old)
+
+        def write(folder: Path) -> None:
+            self._learner.checkpoint(folder)
+            (folder / _STATE).write_text(json.dumps(state))
+
+        save_step(self._kept, self._step, write)
 
     def _restore(self) -> None:
-        found = [path for path in self._kept.glob("step-*") if path.suffix != ".part"]
-        if not found:
+        newest = newest_step(self._kept)
+        if newest is None:
             return
-        newest = max(found, key=lambda path: int(path.name.split("-")[1]))
         state = json.loads((newest / _STATE).read_text())
         self._learner.restore(newest)
         self._step, self._drawn, self._empty, self.history = (state[key] for key in ("step", "drawn", "empty", "history"))

@@ -21,7 +21,7 @@ from pipeline.task_config import SyntheticTask
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
-SECTIONS = "run, task, undo, base, engine, cluster, rollouts, judge, traces, sft, grpo, decode, evaluate, experiment, report"
+SECTIONS = "run, task, undo, base, engine, cluster, rollouts, judge, traces, sft, dpo, grpo, decode, evaluate, experiment, report"
 
 
 def error_of(folder: Path, text: str, *overrides: str) -> str:

@@ -17,6 +17,7 @@ FLOORS = {
             "config",
             "task_config",
             "reward_config",
+            "dpo_config",
             "grpo_config",
             "arguments",
             "settings_file",
