@@ -52,18 +52,26 @@ class Pair:
         return sum(1 for _ in takewhile(lambda two: two[0] == two[1], together))
 
 
-def flaw(pair: Pair, rule: UndoRule) -> str | None:
-    """Why a pair cannot be learned from, in one word for a count; None where it can."""
+def flaw(pair: Pair, rule: UndoRule, vocabulary: int) -> str | None:
+    """Why a pair cannot be learned from, in one word for a count; None where it can.
+
+    Args:
+        vocabulary: ids from this one on mean nothing.
+    """
     undo_id = rule.undo_id
+    ids = (*pair.prompt_ids, *pair.prefix_ids, *pair.chosen_ids, *pair.rejected_ids)
     checks = {
         "unknown_kind": pair.kind not in get_args(Kind),
         "empty_prompt": not pair.prompt_ids,
         "empty_side": not pair.chosen_ids or not pair.rejected_ids,
         "equal_sides": pair.chosen_ids == pair.rejected_ids,
+        "unknown_id": not all(0 <= token < vocabulary for token in ids),
         "undo_in_prompt": undo_id in pair.prompt_ids,
         "undo_in_prefix": undo_id in pair.prefix_ids,
         "no_margin": not math.isfinite(pair.margin),
         "one_side_begins_the_other": pair.shared in (len(pair.chosen_ids), len(pair.rejected_ids)),
+        # Making the rejected token less likely would make this one likelier.
+        "error_where_the_sides_part": any(pair.wrong[pair.shared : pair.shared + 1]),
         "undo_without_undo": pair.kind == "undo" and undo_id not in pair.chosen_ids,
         "undo_without_error": pair.kind == "undo" and not pair.shared,
     }

@@ -71,7 +71,7 @@ def _pairs(context: Context, codec: Codec, policy: Policy) -> list[tuple[str, Pa
         searched_pairs(context.inputs["search"], problems, asked, found)
     most, kept = longest_pair(settings), dict[tuple[str, Pair], None]()
     for problem, pair in found.pairs:
-        why = flaw(pair, codec.rule)
+        why = flaw(pair, codec.rule, codec.vocabulary)
         if why is None and pair.margin < asked.margin:
             why = "small_margin"
         if why is None and len(policy.grown(walks(pair)).ids) > most:
