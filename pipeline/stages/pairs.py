@@ -62,6 +62,7 @@ def own_pairs(judged: Judged, rollouts: Mapping[str, Ids], traces: TraceSettings
                     found.left_out["other_prefix"] += 1
                 else:
                     found.pairs.append((one.problem.id, pair))
+    found.left_out += judged.dropped
 
 
 def searched_pairs(folder: Path, problems: Collection[str], asked: DpoSettings, found: Found) -> None:
