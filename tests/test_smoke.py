@@ -229,6 +229,23 @@ def test_reinforcement_learning_runs_behind_fine_tuning(finished: tuple[Path, st
     run(finished[0])  # without it again
 
 
+def test_preferences_run_behind_fine_tuning(finished: tuple[Path, str]) -> None:
+    small = ("steps=2", "batch=4", "check_every=1", "check_pairs=8", "probes=8")
+    output = run(finished[0], *(f"dpo.{one}" for one in small)).stdout
+    reused = ("problems", "base", "rollouts", "judge", "traces", "sft")
+    assert states(output) == dict.fromkeys(reused, "reused") | dict.fromkeys(("dpo", "evaluate", "report"), "built")
+    store = Store(finished[0] / "smoke")
+    counts = store.manifest(1, "dpo").counts
+    assert counts["rows"] == counts["kind_undo"] + counts["kind_step"] > 0 and counts["steps"] == 2
+    metrics = json.loads((finished[0] / "smoke" / "metrics.json").read_text())
+    assert list(dict.fromkeys(one["model"] for one in metrics["evaluations"])) == ["base", "clean_control", "sft", "dpo"]
+    assert {one["after"] for one in metrics["comparisons"]} == {"dpo rewind"}
+    assert "round 1, preferences: chosen preferred" in (finished[0] / "smoke" / "report.html").read_text()
+    saved = [(store.path(1, stage) / "model.safetensors").read_bytes() for stage in ("sft", "dpo")]
+    assert saved[0] != saved[1]
+    run(finished[0])  # without it again
+
+
 def test_a_second_round_trains_on_the_traces_of_both(finished: tuple[Path, str]) -> None:
     output = run(finished[0], "run.rounds=2").stdout
     assert re.findall(r"^ *(\d)  (\w+) +\S+ +\S+  built$", output, re.MULTILINE) == [

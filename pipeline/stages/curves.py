@@ -74,6 +74,24 @@ def grpo_plots(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plo
     return plots
 
 
+def dpo_plots(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plot]:
+    """Of each learning from preferences by its records: how often and by how much the chosen side is preferred."""
+    plots = []
+    for name, records in histories.items():
+        head = f"round {name.split('-')[1]}, preferences"
+        both = (("trained on", ""), ("held out", "held_out_"))
+        plots += [
+            Plot(f"{head}: chosen preferred", [_over(records, f"{of}accuracy", word) for word, of in both], True),
+            Plot(f"{head}: reward margin", [_over(records, f"{of}margin", word) for word, of in both], whole=False),
+            Plot(
+                f"{head}: change of log p(error), nats",
+                [_over(records, f"{of}error_change", word) for word, of in both],
+                whole=False,
+            ),
+        ]
+    return plots
+
+
 def _over(records: Sequence[Mapping[str, Any]], key: str, name: str) -> Line:
     return Line(name, [(one["step"], one[key]) for one in records if key in one])
 

@@ -16,6 +16,7 @@ from actors.dpo import HELD_OUT, PairSet
 from actors.policy import Policy
 from pipeline.backtrack.preferences import Pair, flaw, walks
 from pipeline.stages.graph import longest_pair
+from pipeline.stages.grpo import HISTORY
 from pipeline.stages.io import Codec, read_problems, read_rows, write_json, write_rows
 from pipeline.stages.pairs import FEATURES, PAIRS, Found, own_pairs, pair_rows, searched_pairs
 from pipeline.stages.probes import Case, dev_cases
@@ -23,8 +24,6 @@ from pipeline.stages.sources import sort_rollouts
 from pipeline.stages.stage import Context, StageError
 from pipeline.statistics import mean
 
-HISTORY = "history.json"
-"""What each step and check has measured; beside the model."""
 _SHARE = 5  # one part in so many is held out, at most
 
 Record = dict[str, Any]

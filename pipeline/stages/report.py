@@ -17,7 +17,7 @@ from actors.checks import BATCH
 from pipeline.card import model_card, usage
 from pipeline.config import Settings
 from pipeline.report import CountTable, JudgedShown, Line, Page, Plot, Shown, ShownGroup, pieces, render, tabulate
-from pipeline.stages.curves import experiment_plots, grpo_plots, plots_of
+from pipeline.stages.curves import dpo_plots, experiment_plots, grpo_plots, plots_of
 from pipeline.stages.graph import trained_stage
 from pipeline.stages.grpo import HISTORY
 from pipeline.stages.io import Codec, read_problems, read_rows, write_json
@@ -64,7 +64,11 @@ def run(context: Context) -> None:
             temperature=settings.evaluate.temperature,
             metrics=metrics,
             decode=settings.decode,
-            plots=[*plots_of(curves), *grpo_plots(_histories(context.inputs))],
+            plots=[
+                *plots_of(curves),
+                *dpo_plots(_histories(context.inputs, "dpo")),
+                *grpo_plots(_histories(context.inputs, "grpo")),
+            ],
             checked=_checked(curves),
             experiment=experiment_plots(compared),
             compared=compared,
@@ -105,9 +109,9 @@ def _curves(inputs: Mapping[str, Path], rounds: Iterable[int]) -> dict[str, dict
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
 
 
-def _histories(inputs: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
-    """What each reinforcement learning has measured, and that of its control."""
-    files = {name: folder / HISTORY for name, folder in inputs.items() if name.startswith("grpo-")}
+def _histories(inputs: Mapping[str, Path], stage: str) -> dict[str, list[dict[str, Any]]]:
+    """What a stage has measured in each round while it trained, and what its control has."""
+    files = {name: folder / HISTORY for name, folder in inputs.items() if name.startswith(f"{stage}-")}
     files |= {f"{name}-control": inputs[name] / CONTROL / HISTORY for name in files}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
 
