@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.live import Live, Step, check_room
 from actors.ragged import RaggedCache
+from actors.scorers import scorer_of
 from actors.segments import NAME as BY_SEGMENT
 from actors.signals import Detector, Scorer, ask_chosen, ask_read, detector_of
 from pipeline.backtrack.cursor import Cursor, Decoded, DecodeRequest, Decoding
@@ -56,8 +57,11 @@ class HfDecoder:
         decoded = HfDecoder(model, max_num_seqs=256, row_tokens=512).decode(requests, decoding)
     """
 
-    def __init__(self, model: Any, max_num_seqs: int, row_tokens: int) -> None:
+    def __init__(self, model: Any, max_num_seqs: int, row_tokens: int, folder: Path | None = None) -> None:
         """`max_num_seqs` rows at a time, each with room for `row_tokens` tokens, prompt and emitted ones together.
+
+        Args:
+            folder: the model's own, in which a verifier head may stand.
 
         Raises:
             ValueError: a model whose attention would read the masks otherwise than they are meant.
@@ -70,6 +74,8 @@ class HfDecoder:
             raise ValueError(f"the model's attention slides over {window} tokens, rows may have {row_tokens}")
         self.model = model
         self._max_num_seqs, self._row_tokens = max_num_seqs, row_tokens
+        self._folder = folder
+        self._scorers: dict[tuple[str, str | None], Scorer] = {}
         self._layers, self._vocab_size = config.num_hidden_layers, model.get_output_embeddings().weight.shape[0]
 
     @classmethod
@@ -77,19 +83,19 @@ class HfDecoder:
         """The model of a folder in fp32, on a GPU if there is one."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-        return cls(model.to(device).eval(), max_num_seqs, row_tokens)
+        return cls(model.to(device).eval(), max_num_seqs, row_tokens, folder)
 
     @torch.inference_mode()
     def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding, scorer: Scorer | None = None) -> list[Decoded]:
         """One result a request, in the order of the requests; no row's result depends on the others.
 
         Args:
-            scorer: for mode `guided` with a signal of kind `score`.
+            scorer: for mode `guided` with a signal of kind `score`; None takes the learned verifier that the signal names.
 
         Raises:
-            ValueError: a request that `Cursor` refuses, or that has no room in a row; a signal without its scorer.
+            ValueError: a request that `Cursor` refuses, or that has no room in a row; a verifier that is not there.
         """
-        detector = detector_of(decoding, scorer)
+        detector = self.detector(decoding, scorer)
         cursors = [Cursor(request, decoding, self._vocab_size) for request in requests]
         for cursor in cursors:
             check_room(cursor, decoding, self._row_tokens)
@@ -110,6 +116,16 @@ class HfDecoder:
             done.update((row.index, row.cursor.result()) for row in rows if row.cursor.finish)
             rows = _leave(cache, rows)
         return [done[index] for index in range(len(requests))]
+
+    def detector(self, decoding: Decoding, scorer: Scorer | None = None) -> Detector | None:
+        """What asks for U, with the learned verifier that it needs; each is loaded once."""
+        signal = decoding.signal
+        if scorer is None and decoding.mode == "guided" and signal is not None and signal.kind == "score":
+            key = (signal.by, signal.folder)
+            if key not in self._scorers:
+                self._scorers[key] = scorer_of(signal, self.model, self._folder)
+            scorer = self._scorers[key]
+        return detector_of(decoding, scorer)
 
     def _prefill(self, cache: RaggedCache, start: int, prompts: list[tuple[int, ...]]) -> None:
         """Write prompts, shortest first, into the slots from `start` on. Their last ids are left to the first step."""
@@ -275,7 +291,7 @@ class HfLive(Live):
     def __init__(self, decoder: HfDecoder) -> None:
         self._decoder, self._slots, self._row_tokens = decoder, decoder._max_num_seqs, decoder._row_tokens
         self._cache = RaggedCache(decoder._layers, self._slots, self._row_tokens)
-        self._waiting: dict[int, tuple[Cursor, int]] = {}  # with the seed
+        self._waiting: dict[int, tuple[Cursor, int, Detector | None]] = {}  # with the seed
         self._rows: list[_Row] = []
 
     @property
@@ -285,7 +301,7 @@ class HfLive(Live):
     def add(self, key: int, request: DecodeRequest, decoding: Decoding) -> None:
         cursor = Cursor(request, decoding, self._decoder._vocab_size)
         check_room(cursor, decoding, self._row_tokens)
-        self._waiting[key] = (cursor, request.seed)
+        self._waiting[key] = (cursor, request.seed, self._decoder.detector(decoding))
 
     @torch.inference_mode()
     def abort(self, key: int) -> None:
@@ -301,8 +317,8 @@ class HfLive(Live):
         if new := sorted(list(self._waiting)[:free], key=lambda key: self._waiting[key][0].length):
             rows = []
             for key in new:
-                cursor, seed = self._waiting.pop(key)
-                rows.append(_Row(key, cursor, _uniforms(seed, cursor.decoding), detector_of(cursor.decoding)))
+                cursor, seed, detector = self._waiting.pop(key)
+                rows.append(_Row(key, cursor, _uniforms(seed, cursor.decoding), detector))
             self._decoder._prefill(self._cache, len(self._rows), [row.cursor.visible for row in rows])
             self._rows += rows
         if not self._rows:

@@ -257,7 +257,9 @@ def load_decoder(saved: SavedModel, max_num_seqs: int, row_tokens: int) -> HfDec
         InputError: weights that cannot be loaded, or a model that cannot be decoded with undo.
     """
     try:
-        return HfDecoder.from_folder(saved.folder, max_num_seqs, row_tokens)
+        decoder = HfDecoder.from_folder(saved.folder, max_num_seqs, row_tokens)
+        decoder.detector(saved.decoding(saved.settings, 1))  # a verifier that is missing shall not be missed later
+        return decoder
     except (OSError, ValueError) as error:
         raise InputError(f"{saved.folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 

@@ -31,6 +31,7 @@ from actors.probe import ProbeRow, probe
 from actors.ranks import from_first, is_first, processes
 from actors.segments import attends_by_segment
 from actors.trainable import prepare, save
+from actors.verifier_actor import Verifying
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.backtrack.trace import Role
 from pipeline.config import BaseTraining, SftSettings, TrainSettings
@@ -413,7 +414,7 @@ class _KeepBest(TrainerCallback):
         return right / len(texts)
 
 
-class _Learner:
+class _Learner(Verifying):
     """Trains one model after another; the driver polls `progress` meanwhile. Between trainings it probes and decodes with undo."""
 
     def __init__(self, log_file: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 from transformers import AutoConfig, AutoTokenizer
 
-from pipeline.backtrack.cursor import Decoding, Mode
+from pipeline.backtrack.cursor import Decoding, Mode, Signal
 from pipeline.backtrack.embedding import undo_rule
 from pipeline.backtrack.undo import UndoRule, Unit
 from pipeline.config import BaseSettings, DecodeSettings, SamplingSettings, UndoSettings
@@ -215,5 +215,6 @@ def decoding_of(settings: AnswerSettings, rule: UndoRule, stop_id: int, max_toke
         ban_tried=settings.ban_tried,
         max_undos=settings.max_undos,
         max_undos_per_state=settings.max_undos_per_state,
+        signal=Signal(**settings.signal.model_dump()),
         vocabulary=vocabulary,
     )

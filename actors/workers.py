@@ -24,6 +24,7 @@ from actors.packing import TrainingSet
 from actors.policy import Policy, Sampled
 from actors.probe import ProbeRow
 from actors.rollout import RolloutPool
+from actors.verifier_actor import Verifiers
 from actors.watch import Watch
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import Settings, TrainSettings
@@ -165,6 +166,10 @@ class Workers:
         """Log-probabilities of the asked tokens under the model of `folder`, see actors/probe.py."""
         found: list[tuple[float, ...]] = self._get(self._ready_learner().probe.remote(str(folder.resolve()), rows))
         return found
+
+    def verifiers(self) -> Verifiers:
+        """Learned verifiers, trained and asked in the learner."""
+        return Verifiers(self._ready_learner(), self._get)
 
     def decode(
         self,

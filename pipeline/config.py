@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pipeline.backtrack.curriculum import parse_schedule
 from pipeline.dpo_config import DpoSettings
 from pipeline.grpo_config import GrpoSettings, LoraSettings
+from pipeline.prm_config import PrmSettings
 from pipeline.task_config import CountdownTask, Gsm8kTask, Section, SyntheticTask
 
 
@@ -287,15 +288,23 @@ class SftSettings(TrainSettings):
 
 
 class SignalSettings(Section):
-    kind: Literal["probability", "margin", "entropy", "repeat"] = Field(
-        "probability", description="Asks for undo: a token's own probability, best two too close, entropy (nats), repeated text."
+    kind: Literal["probability", "margin", "entropy", "repeat", "score"] = Field(
+        "probability",
+        description="Asks for undo: a token's own probability, best two too close, entropy (nats), repeated text, or a learned "
+        "verifier's score.",
     )
-    threshold: float = Field(0.3, ge=0, le=20, description="Undo where entropy is above this, or probability or margin below.")
+    threshold: float = Field(0.3, ge=0, le=20, description="Undo where entropy is above this, or the others below.")
     ngram: int = Field(8, ge=1, le=1024, description="Kind repeat: tokens that stand there twice.")
+    by: Literal["head", "prm"] = Field("head", description="Kind score: by the verifier head or the process reward model.")
+    folder: str | None = Field(
+        None,
+        min_length=1,
+        description="Kind score: where that stands; null is the run's stage prm, or else the model's own folder.",
+    )
 
     @model_validator(mode="after")
     def _within_bounds(self) -> Self:
-        if self.kind in ("probability", "margin") and self.threshold > 1:
+        if self.kind in ("probability", "margin", "score") and self.threshold > 1:
             raise ValueError(f"threshold must lie in 0 .. 1 for kind {self.kind}, is {self.threshold}")
         return self
 
@@ -413,6 +422,7 @@ class Settings(Section):
     judge: JudgeSettings = Field(JudgeSettings(), description="Right or wrong, and where it went wrong.")
     traces: TraceSettings = Field(TraceSettings(), description="Backtrack traces from judged rollouts.")
     sft: SftSettings = Field(SftSettings(), description="Masked fine-tuning.")
+    prm: PrmSettings = Field(PrmSettings(), description="Learned verifiers: process reward model and verifier head.")
     dpo: DpoSettings = Field(DpoSettings(), description="Learning from preferences.")
     grpo: GrpoSettings = Field(GrpoSettings(), description="Reinforcement learning of when to undo.")
     decode: DecodeSettings = Field(DecodeSettings(), description="Decoding that rewinds.")
@@ -437,6 +447,8 @@ class Settings(Section):
                     f"{key}.rows must be a multiple of cluster.learner_workers x {key}.accumulate = {workers} x "
                     f"{train.accumulate}, is {train.rows}"
                 )
+        if self.grpo.reward.process_model and self.grpo.steps and not self.prm.steps:
+            raise ValueError("grpo.reward.process_model needs the stage prm: set prm.steps")
         if self.sft.dynamic and workers > 1:
             raise ValueError(f"sft.dynamic trains in one process: set cluster.learner_workers to 1, is {workers}")
         sharded = "fsdp" if self.sft.fsdp is not None else "deepspeed" if self.sft.deepspeed is not None else None

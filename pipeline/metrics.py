@@ -10,8 +10,8 @@ from typing import Any
 
 from pipeline.statistics import auroc, paired, share
 
-BASELINES = ("guided", "vote")
-"""Modes in which an untrained detector, or more tokens, stand against trained undos."""
+BASELINES = ("guided", "vote", "best_of_n")
+"""Modes in which another detector, or more tokens, stand against trained undos."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def summarise(rows: Sequence[Evaluated], probes: Sequence[Probed], round: int, m
     return {
         "evaluations": [row for evaluations, _ in found for row in evaluations],
         "comparisons": [row for _, comparisons in found for row in comparisons],
-        "probes": [_detection(probes, round, model, *group) for model in models for group in _groups(probes)] if probes else [],
+        "probes": [_detection(probes, round, model, *group) for model in models for group in groups(probes)] if probes else [],
     }
 
 
@@ -85,7 +85,7 @@ def _at_temperature(
     evaluations: list[dict[str, Any]] = []
     comparisons: list[dict[str, Any]] = []
     for split in splits:
-        for group, belongs in _groups(rows):
+        for group, belongs in groups(rows):
             here = [row for row in rows if row.split == split and belongs(row)]
             chosen = {(a, b): [row for row in here if (row.model, row.mode) == (a, b)] for a in models for b in modes}
             for model in models:
@@ -129,7 +129,7 @@ def trained_model(rows: Sequence[Evaluated]) -> str:
     return next((name for name in ("grpo", "dpo") if any(row.model == name for row in rows)), "sft")
 
 
-def _groups(rows: Sequence[Any]) -> Iterator[tuple[str, Callable[[Any], bool]]]:
+def groups(rows: Sequence[Any]) -> Iterator[tuple[str, Callable[[Any], bool]]]:
     """all, then the two kinds, then every family; a group without rows is left out."""
     yield "all", lambda row: True
     for name, kind in (("forward", False), ("hindsight", True)):

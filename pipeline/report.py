@@ -266,7 +266,11 @@ def phrase(name: str, trained: str = "sft") -> str:
     """What a sentence calls that which the trained model is compared with, a model and its mode."""
     model, _, mode = name.rpartition(" ")
     if model != trained:
-        means = {"guided": " guided by a signal", "vote": " by majority vote"}.get(mode, "")
+        means = {
+            "guided": " guided by a signal",
+            "vote": " by majority vote",
+            "best_of_n": " by the process reward model's choice",
+        }.get(mode, "")
         return _PHRASES.get(model, model.replace("_", " ")) + means
     return "its own first tries with undo forbidden" if mode == "forbidden" else f"itself in mode “{mode}”"
 

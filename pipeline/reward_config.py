@@ -125,6 +125,7 @@ class RewardSettings(Section):
     partial_credit: float = Field(
         0.5, ge=0, le=0.9, description="Outcome of a wrong answer that reached all gold intermediate results."
     )
+    process_model: bool = Field(False, description="Process: steps are valued by the process reward model, not by the judge.")
     backtrack: BacktrackSettings = Field(BacktrackSettings(), description="What undos earn and cost.")
     budget: BudgetSettings = Field(BudgetSettings(), description="What a completion may spend.")
     custom: dict[str, CustomReward] = Field({}, description="{name: {function: module:function, weight}}: more components.")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from rewards.rollout import JudgedRollout
 from verifiers.judge import Verdict
 
-StepValues = Callable[[JudgedRollout], Sequence[float]]
-"""A process reward model: a value of 0 to 1 for each surviving step. It must look at what survives alone, otherwise an
-undo may pay."""
+StepValues = Callable[[Sequence[JudgedRollout]], Sequence[Sequence[float]]]
+"""A process reward model: for each rollout a value of 0 to 1 for each surviving step. It must look at what survives alone,
+otherwise an undo may pay."""
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,19 @@ class Process:
     step_values: StepValues | None = None
 
     def __call__(self, rollouts: Sequence[JudgedRollout], progress: float) -> list[float]:
-        return [self._mean(one) for one in rollouts]
-
-    def _mean(self, rollout: JudgedRollout) -> float:
         if self.step_values is None:
-            values: Sequence[float] = steps_right(rollout.verdict)
-        else:
-            values = self.step_values(rollout)
+            return [_mean(steps_right(one.verdict)) for one in rollouts]
+        found = self.step_values(rollouts)
+        if len(found) != len(rollouts):
+            raise ValueError(f"the process reward model was asked about {len(rollouts)} rollouts, answered for {len(found)}")
+        for values in found:
             if not all(0 <= value <= 1 for value in values):
                 raise ValueError(f"the process reward model must give values of 0 to 1, gave {list(values)!r:.80}")
-        return float(sum(values)) / len(values) if len(values) else 0.0
+        return [_mean(values) for values in found]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values)) / len(values) if len(values) else 0.0
 
 
 def steps_right(verdict: Verdict) -> list[bool]:

@@ -17,6 +17,7 @@ from pipeline.backtrack.undo import UndoRule, UndoStream, apply_undo
 
 Mode = Literal["soft", "rewind", "forbidden", "guided"]
 SignalKind = Literal["probability", "margin", "entropy", "repeat", "score"]
+ScoredBy = Literal["head", "prm"]
 Finish = Literal["stop", "length"]
 
 _NONE: frozenset[int] = frozenset()
@@ -37,10 +38,16 @@ class Signal:
     """U is due above it for `entropy`, below it for the others; `repeat` has none."""
     ngram: int = 8
     """How many ids `repeat` compares."""
+    by: ScoredBy = "head"
+    """Which learned judge gives `score`: a verifier head, or a process reward model."""
+    folder: str | None = None
+    """Where that stands; None is the folder of the model itself."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(SignalKind):
             raise ValueError(f"signal kind must be one of {', '.join(get_args(SignalKind))}, is {self.kind!r}")
+        if self.by not in get_args(ScoredBy):
+            raise ValueError(f"signal by must be one of {', '.join(get_args(ScoredBy))}, is {self.by!r}")
         if not math.isfinite(self.threshold) or (self.kind in ("probability", "margin") and not 0 <= self.threshold <= 1):
             bounds = "lie in 0 .. 1" if self.kind in ("probability", "margin") else "be finite"
             raise ValueError(f"signal threshold must {bounds} for kind {self.kind}, is {self.threshold}")

@@ -8,7 +8,7 @@ the main mode.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import exp
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from pipeline.backtrack.undo import apply_undo
 from pipeline.config import Settings
 from pipeline.metrics import Evaluated, Probed, acceptance, in_numbers, summarise, tokens_table
 from pipeline.stages.io import Codec, decoding_of, read_problems, write_json, write_rows
+from pipeline.stages.prm import MODEL as PRM
+from pipeline.stages.prm import named_signal
 from pipeline.stages.probes import own_errors, spread, spurious_undos
 from pipeline.stages.rollouts import context_length, row_seed, within_context
 from pipeline.stages.sft import CONTROL
@@ -183,7 +185,13 @@ def _votes(
             model.folder, wanted, decoding, context_length(context), lambda count, tokens: progress.advance(count)
         )
     completions = [Completion(one.ids, (), one.finish) for one in done]
-    return elected(test, completions, count, {row.problem: row for row in own}, codec)
+    by_problem = {row.problem: row for row in own}
+    found = elected(test, completions, count, by_problem, codec)
+    if verifiers := context.inputs.get("prm"):
+        states = [(request.prompt_ids, one.token_ids) for request, one in zip(wanted, completions, strict=True)]
+        values = context.workers.verifiers().step_values(verifiers / PRM, states)
+        found += elected(test, completions, count, by_problem, codec, values, context.settings.prm.score)
+    return found
 
 
 def _silent(rows: int, tokens: int) -> None: ...
@@ -202,6 +210,7 @@ def _decode(
     if mode == "soft":
         return _generate(context, model, problems, temperature, codec, mode, on_rows)
     decoding, longest = evaluation_decoding(context.settings, codec, mode, temperature), context_length(context)
+    decoding = replace(decoding, signal=named_signal(decoding.signal, context.inputs.get("prm"), model.name))
     wanted = requests_of(context.settings, codec, problems)
     return [Completion(one.ids, (), one.finish) for one in context.workers.decode(model.folder, wanted, decoding, longest, on_rows)]
 

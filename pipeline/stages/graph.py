@@ -148,6 +148,24 @@ STAGES: tuple[Stage, ...] = (
         },
     ),
     Stage(
+        "prm",
+        1,
+        lambda round: (
+            _PROBLEMS,
+            _model(round),
+            *(Input(name, round, name) for name in ("rollouts", "judge", "traces", "sft")),
+        ),
+        lambda s: (
+            _generation(s)
+            | {
+                "prm": s.prm.model_dump(mode="json"),
+                "sft": s.sft.model_dump(mode="json", include={"form", "rewinding", "hide_undos", "positions", "mask", "detect_at"}),
+                "sampling": s.rollouts.max_tokens,
+                "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
+            }
+        ),
+    ),
+    Stage(
         "dpo",
         1,
         lambda round: (_PROBLEMS, _model(round), Input("sft", round, "sft")),
@@ -230,7 +248,7 @@ NAMES = tuple(stage.name for stage in STAGES)
 
 
 def steps(settings: Settings) -> list[tuple[int, Stage]]:
-    """(round, stage) in the order of a run: what is made once, the rounds (with dpo and grpo where they have steps), an
+    """(round, stage) in the order of a run: what is made once, the rounds (with prm, dpo and grpo where they have steps), an
     experiment on the first round's traces where one is configured, the report of all of them."""
     rounds = settings.run.rounds
     by_name = {stage.name: stage for stage in STAGES}
@@ -248,6 +266,15 @@ def steps(settings: Settings) -> list[tuple[int, Stage]]:
         by_name["report"] = _reads(by_name["report"], lambda round: [Input(f"grpo-{r}", r, "grpo") for r in range(1, round + 1)])
     else:
         del by_name["grpo"]
+    if settings.prm.steps:
+        by_name["evaluate"] = _reads(by_name["evaluate"], lambda round: [Input("prm", round, "prm")])
+        by_name["report"] = _reads(by_name["report"], lambda round: [Input(f"prm-{r}", r, "prm") for r in range(1, round + 1)])
+        if settings.prm.labels != "judge":
+            by_name["prm"] = _reads(by_name["prm"], lambda round: [Input("search", round, "search")])
+        if settings.grpo.steps and settings.grpo.reward.process_model:
+            by_name["grpo"] = _reads(by_name["grpo"], lambda round: [Input("prm", round, "prm")])
+    else:
+        del by_name["prm"]
     before = [(0, by_name[name]) for name in ("problems", "base")]
     within = [(round, stage) for round in range(1, rounds + 1) for stage in by_name.values() if stage.per_round]
     if not settings.experiment.variants:

@@ -26,6 +26,7 @@ from actors.workers import EngineKind, GrpoLearner
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding, Mode
 from pipeline.backtrack.tree import Walk
 from pipeline.stages.io import Codec, decoding_of, read_problems, write_json
+from pipeline.stages.prm import MODEL as PRM
 from pipeline.stages.probes import spread
 from pipeline.stages.rollouts import context_length, row_seed, within_context
 from pipeline.stages.sft import CONTROL
@@ -120,7 +121,7 @@ class _Loop:
         self._problems = {one.id: one for one in self._that_fit(train)}
         self._dev = self._that_fit(dev)
         self._decoding = policy_decoding(context, codec, mode)
-        self._rewards = Rewards(self._asked.reward)
+        self._rewards = Rewards(self._asked.reward, self._step_values if self._asked.reward.process_model else None)
         self._pool = self._start_pool(source)
         self._kept = context.resume / name.replace("/", "-")
         self._drawn = 0  # problems so far
@@ -245,6 +246,11 @@ class _Loop:
         if not self._asked.error_credit:
             return ()
         return wrong_ids(rollout, self._codec.decode(rollout.surviving).offsets, self._codec.rule)
+
+    def _step_values(self, rollouts: Sequence[JudgedRollout]) -> Sequence[Sequence[float]]:
+        """Values of surviving steps by the process reward model, which sees nothing of what was deleted."""
+        states = [(self._codec.prompt_ids(one.problem), one.surviving) for one in rollouts]
+        return self._context.workers.verifiers().step_values(self._context.inputs["prm"] / PRM, states)
 
     def _flat(self, scored: Scored, groups: int) -> list[int]:
         """Groups whose rollouts have all earned the same."""

@@ -55,6 +55,9 @@ def run(context: Context) -> None:
         groups = _choose(rollouts, trained, metrics["rounds"][-1]["mode"], settings.report.rollouts, problems, codec)
         if compared:
             metrics["experiment"] = compared
+        verifiers = [context.inputs[f"prm-{round}"] / "metrics.json" for round in rounds if f"prm-{round}" in context.inputs]
+        if verifiers:
+            metrics["verifiers"] = [json.loads(file.read_text()) for file in verifiers]
         metrics["counts"] = _counts(problems.values(), tables, curves, rollouts)
         write_json(metrics, context.out / "metrics.json")
         page = Page(

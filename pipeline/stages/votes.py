@@ -1,4 +1,5 @@
-"""Majority vote of the clean control with at least the tokens of the fine-tuned model: what its undos have to beat."""
+"""Majority vote of the clean control with at least the tokens of the fine-tuned model: what its undos have to beat; and the
+choice of a process reward model among the same samples."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from actors.engines import Completion
+from actors.prm import Score, best_of
 from pipeline.backtrack.cursor import DecodeRequest
 from pipeline.metrics import Evaluated
 from pipeline.stages.io import Codec
@@ -16,8 +18,8 @@ from pipeline.tasks.problem import Problem
 from verifiers.tasks import judge_of
 from verifiers.vote import majority
 
-VOTE = "vote"
-"""What the mode is called in rows and metrics."""
+VOTE, BEST = "vote", "best_of_n"
+"""What the modes are called in rows and metrics: by majority, and by a process reward model's choice."""
 LEAST = 3  # of two votes the first one wins
 
 
@@ -45,23 +47,32 @@ def requests_for(problems: Sequence[Problem], codec: Codec, votes: int, seed: in
 
 
 def elected(
-    problems: Sequence[Problem], done: Sequence[Completion], votes: int, own: Mapping[str, Evaluated], codec: Codec
+    problems: Sequence[Problem],
+    done: Sequence[Completion],
+    votes: int,
+    own: Mapping[str, Evaluated],
+    codec: Codec,
+    values: Sequence[Sequence[float]] | None = None,
+    how: Score = "last",
 ) -> list[Evaluated]:
     """One row a problem: the answer that most of its `votes` samples give, and the tokens of all of them.
 
     Args:
         done: [problems x votes] samples, problem by problem.
         own: the control's row in the main mode, by problem.
+        values: for each sample those of its steps; the sample that they score highest is taken then, not the majority's.
+        how: what makes a score of them.
     """
     rows = []
     for index, problem in enumerate(problems):
-        samples = done[index * votes : (index + 1) * votes]
+        part = slice(index * votes, (index + 1) * votes)
+        samples = done[part]
         texts = [codec.decode(sample.token_ids).text for sample in samples]
-        winner = majority(texts)
+        winner = majority(texts) if values is None else best_of(values[part], how)
         rows.append(
             replace(
                 own[problem.id],
-                mode=VOTE,
+                mode=VOTE if values is None else BEST,
                 correct=judge_of(problem).correct(problem, texts[winner]),
                 tokens=sum(len(sample.token_ids) for sample in samples),
                 undos=0,

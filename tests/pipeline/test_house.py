@@ -19,6 +19,8 @@ FLOORS = {
             "reward_config",
             "dpo_config",
             "grpo_config",
+            "prm_config",
+            "step_metrics",
             "arguments",
             "settings_file",
             "tasks",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 
 import pytest
 
@@ -55,16 +56,16 @@ def test_process_of_exact_judges() -> None:
     assert not steps_right(rollout(text, problem=hindsight).verdict)[0]
 
 
-def steps_of(one: JudgedRollout) -> list[float]:
-    return [0.25 * (index + 1) for index, _ in enumerate(one.verdict.steps)]
+def steps_of(some: Sequence[JudgedRollout]) -> list[list[float]]:
+    return [[0.25 * (index + 1) for index, _ in enumerate(one.verdict.steps)] for one in some]
 
 
 def test_a_process_reward_model_stands_in_for_the_judge() -> None:
     assert Process(steps_of)([rollout(LINE_1, WRONG_2, "#### 15"), rollout("")], 0) == [0.5, 0]
     with pytest.raises(ValueError, match=r"values of 0 to 1, gave \[1\.5\]"):
-        Process(lambda one: [1.5])([rollout(LINE_1)], 0)
+        Process(lambda some: [[1.5]])([rollout(LINE_1)], 0)
     with pytest.raises(ValueError, match="values of 0 to 1"):
-        Process(lambda one: [float("nan")])([rollout(LINE_1)], 0)
+        Process(lambda some: [[float("nan")]])([rollout(LINE_1)], 0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,114 @@
+"""Learned verifiers in the learner's process: what the actor does, and the driver's side of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors import prm, verifier_head
+from actors.labelled import Labelled
+from actors.memory import out_of_memory
+from actors.prm import ProcessRewardModel, State, VerifierCurve, VerifierTrainingError
+from pipeline.prm_config import HeadSettings, PrmSettings
+
+_POLL_SECONDS = 1.0
+_SAVE = "lower prm.rows or prm.row_tokens"
+Show = Callable[[VerifierCurve], None]
+
+
+class Verifying:
+    """Part of an actor: trains verifiers and asks them. The process reward model asked last stays loaded."""
+
+    _prm: tuple[str, ProcessRewardModel] | None = None
+    _verifier_curve = VerifierCurve()
+
+    def fit_prm(
+        self, source: str, target: str, rows: Sequence[Labelled], held_out: Sequence[Labelled], settings: PrmSettings,
+        step_end_ids: frozenset[int], stop_id: int, seed: int,
+    ) -> VerifierCurve:  # fmt: skip
+        self._prm, self._verifier_curve = None, VerifierCurve()
+        try:
+            return prm.fit(Path(source), Path(target), rows, held_out, settings, step_end_ids, stop_id, seed, self._verifier_curve)
+        except Exception as error:
+            if out_of_memory(error):
+                raise VerifierTrainingError(f"out of memory at step {self._verifier_curve.step + 1}: {_SAVE}") from error
+            raise
+
+    def fit_head(
+        self, policy: str, target: str, rows: Sequence[Labelled], held_out: Sequence[Labelled], settings: HeadSettings, seed: int
+    ) -> VerifierCurve:
+        self._verifier_curve = VerifierCurve()
+        return verifier_head.fit(Path(policy), Path(target), rows, held_out, settings, seed, self._verifier_curve)
+
+    def verifier_progress(self) -> VerifierCurve:
+        return self._verifier_curve
+
+    def step_values(self, folder: str, solutions: Sequence[State]) -> list[tuple[float, ...]]:
+        return self._loaded(folder).step_values(solutions)
+
+    def values(self, folder: str, rows: Sequence[Labelled]) -> list[tuple[float, ...]]:
+        return self._loaded(folder).values(rows)
+
+    def p_should_undo(self, policy: str, folder: str, rows: Sequence[Labelled]) -> list[tuple[float, ...]]:
+        return verifier_head.p_should_undo(Path(policy), Path(folder), rows)
+
+    def _loaded(self, folder: str) -> ProcessRewardModel:
+        if self._prm is None or self._prm[0] != folder:
+            self._prm = None  # never two at a time
+            self._prm = folder, ProcessRewardModel.load(Path(folder))
+        return self._prm[1]
+
+
+class Verifiers:
+    """The driver's side.
+
+    Example:
+        values = workers.verifiers().step_values(folder, [(prompt_ids, surviving_ids)])
+    """
+
+    def __init__(self, learner: Any, get: Callable[..., Any]) -> None:
+        self._learner, self._get = learner, get
+
+    def fit_prm(
+        self, source: Path, target: Path, rows: Sequence[Labelled], held_out: Sequence[Labelled], settings: PrmSettings,
+        step_end_ids: frozenset[int], stop_id: int, seed: int, show: Show,
+    ) -> VerifierCurve:  # fmt: skip
+        """Train a process reward model, see actors/prm.py."""
+        some = (str(source.resolve()), str(target.resolve()), rows, held_out, settings, step_end_ids, stop_id, seed)
+        return self._watched(self._learner.fit_prm.remote(*some), show)
+
+    def fit_head(
+        self, policy: Path, target: Path, rows: Sequence[Labelled], held_out: Sequence[Labelled], settings: HeadSettings,
+        seed: int, show: Show,
+    ) -> VerifierCurve:  # fmt: skip
+        """Train a verifier head, see actors/verifier_head.py."""
+        some = (str(policy.resolve()), str(target.resolve()), rows, held_out, settings, seed)
+        return self._watched(self._learner.fit_head.remote(*some), show)
+
+    def step_values(self, folder: Path, solutions: Sequence[State]) -> list[tuple[float, ...]]:
+        """For each (prompt, surviving ids) the process reward model's values of its steps."""
+        found: list[tuple[float, ...]] = self._get(self._learner.step_values.remote(str(folder.resolve()), solutions))
+        return found
+
+    def values(self, folder: Path, rows: Sequence[Labelled]) -> list[tuple[float, ...]]:
+        """Its values at the places of rows."""
+        found: list[tuple[float, ...]] = self._get(self._learner.values.remote(str(folder.resolve()), rows))
+        return found
+
+    def p_should_undo(self, policy: Path, folder: Path, rows: Sequence[Labelled]) -> list[tuple[float, ...]]:
+        """The verifier head's probabilities at the places of rows, on the states of a policy."""
+        paths = (str(policy.resolve()), str(folder.resolve()))
+        found: list[tuple[float, ...]] = self._get(self._learner.p_should_undo.remote(*paths, rows))
+        return found
+
+    def _watched(self, result: Any, show: Show) -> VerifierCurve:
+        while not ray.wait([result], timeout=_POLL_SECONDS)[0]:
+            answer = self._learner.verifier_progress.remote()
+            if ray.wait([answer, result], timeout=_POLL_SECONDS)[0] == [answer]:
+                show(self._get(answer, _SAVE))
+        curve: VerifierCurve = self._get(result, _SAVE)
+        show(curve)
+        return curve
