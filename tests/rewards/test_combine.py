@@ -89,7 +89,7 @@ def test_a_custom_reward_has_its_weight() -> None:
 
 
 def test_a_process_reward_model_is_used() -> None:
-    scored = Rewards(settings(), lambda one: [0.5] * len(one.verdict.steps)).score(ROWS, [0] * 4, 0)
+    scored = Rewards(settings(), lambda some: [[0.5] * len(one.verdict.steps) for one in some]).score(ROWS, [0] * 4, 0)
     assert scored.components["process"] == (0.5, 0.5, 0.5, 0)
 
 
@@ -163,8 +163,13 @@ def test_a_custom_reward_that_is_not_there(own: None, function: str, message: st
     assert "\n" not in str(caught.value)
 
 
+def test_a_process_reward_model_answers_for_every_rollout() -> None:
+    with pytest.raises(RewardError, match="asked about 4 rollouts, answered for 1"):
+        Rewards(settings(), lambda some: [[0.5]] if len(some) > 1 else [[0.5]] * len(some)).score(ROWS, [0] * 4, 0)
+
+
 def test_a_process_reward_model_that_fails_is_named_with_its_row() -> None:
-    rewards = Rewards(settings(), lambda one: [0.5] if one.text else [2.0])
+    rewards = Rewards(settings(), lambda some: [[0.5] if one.text else [2.0] for one in some])
     with pytest.raises(RewardError, match=r"reward process, row 3 \(gsm8k/train/0\): ValueError: .* values of 0 to 1"):
         rewards.score(ROWS, [0] * 4, 0)
 
