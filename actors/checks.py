@@ -146,7 +146,9 @@ class Checks(TrainerCallback):
         found = [("loss", fast), ("masked_share", masked)]
         if masked and self._data.targets.mask != "none":
             raise CheckError(f"step {step}: {masked:.2%} of the gradient comes from masked targets; it must be none")
-        if not self._trainer.dynamic:  # what a network weighs along the way is no loss that can be said by hand
+        if not (
+            self._trainer.dynamic or self._trainer.joint
+        ):  # what a network weighs along the way is no loss that can be said by hand
             slow = loss_by_hand(model, self._data, numbers)
             found.append(("loss_by_hand", slow))
             if abs(fast - slow) > (_ALLOWED_BF16 if bf16 else _ALLOWED) * max(1.0, slow):

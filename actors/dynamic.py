@@ -47,20 +47,30 @@ class DynamicMask:
 
     def tensors(self) -> dict[str, Tensor]:
         """Its whole state."""
-        found = {f"network.{name}": tensor for name, tensor in self._predictor.state_dict().items()}
-        for number, state in self._optimiser.state_dict()["state"].items():
-            found |= {f"optimiser.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
-        return found
+        return state_of(self._predictor, self._optimiser)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        network: dict[str, Tensor] = {}
-        states: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            if part == "network":
-                network[rest] = tensor
-            elif part == "optimiser":
-                number, _, key = rest.partition(".")
-                states.setdefault(int(number), {})[key] = tensor
-        self._predictor.load_state_dict(network)
-        self._optimiser.load_state_dict(self._optimiser.state_dict() | {"state": states})
+        restore(self._predictor, self._optimiser, tensors)
+
+
+def state_of(network: torch.nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """A network and its optimiser as tensors, for a checkpoint."""
+    found = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    for number, state in optimiser.state_dict()["state"].items():
+        found |= {f"optimiser.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    return found
+
+
+def restore(network: torch.nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `state_of`."""
+    weights: dict[str, Tensor] = {}
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        if part == "network":
+            weights[rest] = tensor
+        elif part == "optimiser":
+            number, _, key = rest.partition(".")
+            states.setdefault(int(number), {})[key] = tensor
+    network.load_state_dict(weights)
+    optimiser.load_state_dict(optimiser.state_dict() | {"state": states})

@@ -32,6 +32,7 @@ from actors.ranks import from_first, is_first, processes
 from actors.segments import attends_by_segment
 from actors.trainable import prepare, save
 from actors.verifier_actor import Verifying
+from actors.verifier_head import JointHead
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.backtrack.trace import Role
 from pipeline.config import BaseTraining, SftSettings, TrainSettings
@@ -158,6 +159,8 @@ def _fit(source: Path, target: Path, data: TrainingSet, settings: TrainSettings,
         )
         if sft.dynamic:
             trainer.dynamic = DynamicMask(model, seed)
+        if sft.head_weight:
+            trainer.joint, trainer.joint_weight = JointHead(model, data.rule.undo_id, seed), sft.head_weight
         if held_out and sft.fsdp is None and sft.deepspeed is None:  # one process alone sees no whole model of a sharded one
             row = [examples[index] for index in _with_errors(rows, examples)]
             trainer.add_callback(Checks(held_out, curve, trainer, data, row, tokenizer.pad_token_id, settings.row_tokens))
@@ -177,6 +180,8 @@ def _fit(source: Path, target: Path, data: TrainingSet, settings: TrainSettings,
     curve.tokens = sum(examples[index].tokens for row in rows[: curve.step * settings.rows] for index in row)
     if is_first():
         save(model.eval(), tokenizer, target, sft.trainable)
+        if trainer.joint:
+            trainer.joint.save(target)
     curve.seconds = time.monotonic() - begun
     if resume and is_first():
         (resume / _CURVE).write_text(json.dumps(asdict(curve)))
@@ -202,15 +207,23 @@ class _Progress:
         self._trainer.last_saved = self._curve.step
         values = {"curve": asdict(self._curve), "targets_seen": self._trainer.targets_seen}
         if self._best is None:
-            return Snapshot(values, self._trainer.dynamic.tensors() if self._trainer.dynamic else {})
+            found: dict[str, torch.Tensor] = {}
+            for name, part in self._parts():
+                found |= {f"{name}{key}": one for key, one in part.tensors().items()}
+            return Snapshot(values, found)
         return Snapshot(values | {"best": [self._best.accuracy, self._best.without_rise]}, self._best.weights)
+
+    def _parts(self) -> list[tuple[str, DynamicMask | JointHead]]:
+        """Networks that are trained along, and what the names of their tensors begin with."""
+        beside = (("dynamic/", self._trainer.dynamic), ("joint/", self._trainer.joint))
+        return [(name, part) for name, part in beside if part]
 
     def restore(self, snapshot: Snapshot) -> None:
         _read_curve(self._curve, snapshot.values["curve"])
         self._trainer.targets_seen = snapshot.values["targets_seen"]
         self._trainer.last_saved = self._curve.step
-        if self._trainer.dynamic:
-            self._trainer.dynamic.restore(snapshot.tensors)
+        for name, part in self._parts():
+            part.restore({key.removeprefix(name): one for key, one in snapshot.tensors.items() if key.startswith(name)})
         if self._best is not None:
             self._best.accuracy, self._best.without_rise = snapshot.values["best"]
             self._best.weights = dict(snapshot.tensors)
@@ -292,6 +305,9 @@ class TreeTrainer(SFTTrainer):
     """The loss of a part of a step is divided by the targets of the whole step."""
     dynamic: DynamicMask | None = None
     """What weighs targets along the way."""
+    joint: JointHead | None = None
+    """A verifier head that is trained along, and what its loss counts."""
+    joint_weight = 0.0
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """This process's batches of one step, and its share of what the targets of all processes weigh together.
@@ -320,6 +336,10 @@ class TreeTrainer(SFTTrainer):
             embedding = bare.get_input_embeddings()(target)
             weight = weight * self.dynamic.weights(picked[0], embedding, inputs["wrong"], learn=bare.training)
         loss = (losses * weight).sum() / max(num_items_in_batch, 1e-9)
+        if self.joint:
+            last = inputs["input_ids"][row, column]
+            beside = self.joint.loss(picked[0], last, target, ends_run, inputs["weight"], learn=bare.training)
+            loss = loss + self.joint_weight * beside / max(num_items_in_batch, 1e-9)
         if not loss.isfinite():
             traces = ", ".join(map(str, inputs["numbers"][:12].tolist())) + (", .." if len(inputs["numbers"]) > 12 else "")
             kept = f"; the last checkpoint is of step {self.last_saved}" if self.last_saved else ""

@@ -1,12 +1,12 @@
 """The verifier head: P(should undo now) from the policy's hidden states, by a small network beside the model's own head.
 
-Trained alone: the policy is frozen, its hidden states are computed once. It reads what the output layer reads, so that decoding
-has it for nothing. Saved within a model folder, or in a folder of its own for that model.
+Trained alone, with the policy frozen and its hidden states computed once, or jointly with its fine-tuning. It reads what the output
+layer reads, so that decoding has it for nothing. Saved within a model folder, or in a folder of its own for that model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from actors.dynamic import restore, state_of
 from actors.heads import Head, load_head, loss, optimiser_of, save_head
 from actors.labelled import Labelled, by_length, collate
 from actors.prm import PAD, VerifierCurve, check_labels, train
@@ -94,6 +95,53 @@ def fit(
     target.mkdir(parents=True, exist_ok=True)
     save_head(head, target / FILE, {})
     return curve
+
+
+class JointHead:
+    """A head that is trained along with the policy, whose gradient its loss reaches. Its optimiser is its own, so that it changes
+    nothing of how the policy is clipped and scheduled."""
+
+    def __init__(self, model: Any, undo_id: int, seed: int) -> None:
+        with torch.random.fork_rng():  # the model's training draws what it would draw without this
+            torch.manual_seed(seed)
+            self.head = Head(model.get_input_embeddings().weight.shape[1], HeadSettings().width).to(model.device)
+        self._undo_id = undo_id
+        self._optimiser = torch.optim.AdamW(self.head.parameters(), lr=HeadSettings().lr)
+
+    def loss(self, hidden: Tensor, last: Tensor, target: Tensor, ends_run: Tensor, weight: Tensor, learn: bool) -> Tensor:
+        """Cross entropy summed over targets; states within a run of U's count nothing.
+
+        Args:
+            hidden: [targets, width] What the output layer reads at their places.
+            last: [targets] The ids that stand there.
+            target: [targets]
+            ends_run: [targets] bool: what is taught is not to emit the target.
+            weight: [targets]
+            learn: whether the head makes a step on the gradients of the loss before this one.
+        """
+        if learn:
+            self._settle()
+        due = ((target == self._undo_id) & ~ends_run).float()
+        losses = nn.functional.binary_cross_entropy_with_logits(self.head(hidden), due, reduction="none")
+        return (losses * weight * (last != self._undo_id)).sum()
+
+    def _settle(self) -> None:
+        if any(part.grad is not None for part in self.head.parameters()):
+            self._optimiser.step()
+            self._optimiser.zero_grad()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its whole state."""
+        self._settle()
+        return state_of(self.head, self._optimiser)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        restore(self.head, self._optimiser, tensors)
+
+    def save(self, folder: Path) -> None:
+        """Into the model's folder."""
+        self._settle()
+        save_head(self.head, folder / FILE, {"joint": True})
 
 
 def _stacked(model: Any, rows: Sequence[Labelled]) -> tuple[Tensor, Tensor]:

@@ -257,6 +257,7 @@ class SftSettings(TrainSettings):
     train_prompt: bool = Field(False, description="Whether prompts are targets too.")
     weights: RoleWeights = Field(RoleWeights(), description="What a target counts, by role.")
     dynamic: bool = Field(False, description="Mask none: a target counts by what a network, trained along, takes for right.")
+    head_weight: float = Field(0.0, ge=0, le=100, description="Weight of a verifier head's loss, trained along; 0 trains none.")
     reward_weight: RewardWeightSettings = Field(RewardWeightSettings(), description="What a trace counts, by its reward.")
     together: bool = Field(True, description="Form rewind: traces of a problem share one tree.")
     most_undos: list[list[int]] | None = Field(None, description="[[step, undos], ..]: most undos of a trace from a step on.")
@@ -451,6 +452,8 @@ class Settings(Section):
             raise ValueError("grpo.reward.process_model needs the stage prm: set prm.steps")
         if self.sft.dynamic and workers > 1:
             raise ValueError(f"sft.dynamic trains in one process: set cluster.learner_workers to 1, is {workers}")
+        if self.sft.head_weight and workers > 1:
+            raise ValueError(f"sft.head_weight trains in one process: set cluster.learner_workers to 1, is {workers}")
         sharded = "fsdp" if self.sft.fsdp is not None else "deepspeed" if self.sft.deepspeed is not None else None
         if sharded and workers < 2:
             raise ValueError(f"sft.{sharded} needs cluster.learner_workers of 2 or more, is {workers}")

@@ -167,7 +167,8 @@ class Pipeline:
         manifest = self._store.manifest(*place) if place else None
         if place is None or manifest is None:
             return
-        target, made_from = self._store.root / MODEL, f"{manifest.digest}\n{digest}\n"
+        head, head_digest = self._head_of(place)
+        target, made_from = self._store.root / MODEL, f"{manifest.digest}\n{digest}\n{head_digest}"
         mark = self._store.root / f".{MODEL}.made-from"
         if target.is_dir() and mark.is_file() and mark.read_text() == made_from:
             return
@@ -180,9 +181,18 @@ class Pipeline:
                 shutil.copyfile(file, part / file.name)
         for name in ("README.md", "retract.json"):
             shutil.copyfile(report / name, part / name)
+        if head:
+            shutil.copyfile(head, part / head.name)
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
         mark.write_text(made_from)
+
+    def _head_of(self, model: tuple[int, str]) -> tuple[Path | None, str]:
+        """The verifier head that the stage prm has trained on a model, and its digest."""
+        found = self._store.manifest(model[0], "prm")
+        file = self._store.path(model[0], "prm") / "head" / "sft" / "verifier_head.safetensors"
+        # What grpo trained further is another policy.
+        return (file, found.digest) if found and model[1] == "sft" and file.is_file() else (None, "")
 
     def _workers(self) -> Workers:
         from actors.workers import Workers  # torch and ray are needed from here on: a run that reuses all never waits for them

@@ -6,6 +6,7 @@ written to metrics.json is measured on own solutions of test problems, sampled h
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,6 +18,7 @@ from actors.engines import Completion, Request, Sampling
 from actors.judge import judge_rows
 from actors.labelled import Labelled, linear
 from actors.prm import VerifierCurve, solution_score
+from actors.verifier_head import FILE as HEAD
 from pipeline.backtrack.cursor import Signal
 from pipeline.metrics import groups
 from pipeline.prm_config import PrmSettings
@@ -92,7 +94,11 @@ def _train_prm(context: Context, codec: Codec, problems: dict[str, Problem]) -> 
     judged, none = judged_solutions(
         read_rows(context.inputs["rollouts"]), read_rows(context.inputs["judge"]), codec.rule, codec.stop_id
     )
-    rows = [(one.problem, one.row) for one in judged] if asked.labels != "search" else []
+    rows: list[tuple[str, Labelled]] = []
+    if asked.labels != "search":  # held-out rows are read as they are used
+        held = [is_held_out(one.problem, asked.held_out, seed) for one in judged]
+        dense = [asked.every_token and not is_held for is_held in held]
+        rows += [(one.problem, one.every_token if every else one.row) for one, every in zip(judged, dense, strict=True)]
     if asked.labels != "judge":
         rows += searched_rows(context.inputs["search"])
     if none:
@@ -110,8 +116,8 @@ def _train_prm(context: Context, codec: Codec, problems: dict[str, Problem]) -> 
         context.terminal.warn(f"prm: {curve.left_out} of {len(parts[False])} rows are longer than prm.row_tokens and were left out")
     write_json(asdict(curve), context.out / "curve.json")
     context.counts.update(rows=curve.rows, held_out=len(parts[True]), steps=curve.step, left_out=curve.left_out)
-    held = [one for one in judged if is_held_out(one.problem, asked.held_out, seed)]
-    return best_threshold(_valued(context, problems, held))
+    chosen_on = [one for one in judged if is_held_out(one.problem, asked.held_out, seed)]
+    return best_threshold(_valued(context, problems, chosen_on))
 
 
 def _show(progress: Any, curve: VerifierCurve) -> None:
@@ -180,11 +186,15 @@ def _train_heads(
     found = {}
     for name, folder in models_of(context).items():
         target = context.out / HEADS / name
-        with context.terminal.stage(f"head/{name}", asked.steps, "steps") as progress:
-            curve = context.workers.verifiers().fit_head(
-                folder, target, kept[False], kept[True], asked, seed, partial(_show, progress)
-            )
-        write_json(asdict(curve), target / "curve.json")
+        if (folder / HEAD).is_file():  # trained along with the model
+            target.mkdir(parents=True)
+            shutil.copyfile(folder / HEAD, target / HEAD)
+        else:
+            with context.terminal.stage(f"head/{name}", asked.steps, "steps") as progress:
+                curve = context.workers.verifiers().fit_head(
+                    folder, target, kept[False], kept[True], asked, seed, partial(_show, progress)
+                )
+            write_json(asdict(curve), target / "curve.json")
         found[name] = _head_figures(context, folder, target, cases)
     context.counts.update(states=sum(len(row.at) for row in kept[False]), cases=len(cases))
     if not cases:

@@ -41,7 +41,7 @@ def run(context: Context) -> None:
     if settings.sft.control:
         clean = [clean_trace(codec, problem) for problem in read_problems(context.inputs["problems"], "train")]
         data = TrainingSet(clean, codec.rule)
-        plain = settings.sft.model_copy(update={"dynamic": False})
+        plain = settings.sft.model_copy(update={"dynamic": False, "head_weight": 0.0})
         kept = context.resume / "sft-control"
         control = train(context, "sft/control", data, context.out / CONTROL, plain, settings.run.seed, kept)
         write_json(curve_json(control), context.out / CONTROL / "curve.json")

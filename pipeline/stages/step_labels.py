@@ -31,6 +31,17 @@ class Solution:
     problem: str
     correct: bool
     row: Labelled
+    """Read at the ends of its steps."""
+    prompt: int
+    """Tokens of the prompt."""
+    wrong_from: int
+    """Index into the row of the first token that is wrong; its length where none is."""
+
+    @property
+    def every_token(self) -> Labelled:
+        """The same row labelled at every token: 1 as long as nothing wrong stands there."""
+        places = range(self.prompt, self.row.at[-1] + 1)
+        return Labelled(self.row.segment, tuple(places), tuple(float(place < self.wrong_from) for place in places))
 
 
 def is_held_out(problem: str, share: float, seed: int) -> bool:
@@ -60,8 +71,15 @@ def judged_solution(
     ends = step_ends(ids, rule.step_end_ids, stop_id)
     if not ends:
         return None
+    labels = right_so_far(ends, correct, error)
+    wrong_from = len(ids)
+    if not all(labels):
+        first = labels.index(0.0)
+        begins = ends[first - 1] + 1 if first else 0
+        wrong_from = error if begins <= error <= ends[first] else begins  # a step without a place in it is wrong as a whole
     places = tuple(len(prompt) + end for end in ends)
-    return Solution(problem, correct, Labelled(linear((*prompt, *ids)), places, right_so_far(ends, correct, error)))
+    row = Labelled(linear((*prompt, *ids)), places, labels)
+    return Solution(problem, correct, row, len(prompt), len(prompt) + wrong_from)
 
 
 def judged_solutions(rollouts: Iterable[Mapping[str, Any]], judged: Iterable[Mapping[str, Any]], rule: UndoRule,

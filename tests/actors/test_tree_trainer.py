@@ -132,7 +132,7 @@ def model_by_segment(name: str) -> Any:
 
 def fast_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """What the trainer computes. It takes logits in fp32."""
-    trainer: Any = SimpleNamespace(accelerator=SimpleNamespace(unwrap_model=lambda one: one), dynamic=None)
+    trainer: Any = SimpleNamespace(accelerator=SimpleNamespace(unwrap_model=lambda one: one), dynamic=None, joint=None)
     return TreeTrainer.compute_loss(trainer, model, batch, num_items_in_batch=float(batch["weight"].sum()))
 
 

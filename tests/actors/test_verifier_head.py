@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,14 +16,20 @@ from actors.decode import HfDecoder, HfLive
 from actors.generate import load_decoder
 from actors.heads import Head, HeadError, save_head
 from actors.labelled import Labelled, linear
+from actors.learner import Curve
+from actors.learner import fit as fit_policy
+from actors.packing import TrainingSet
 from actors.prm import ProcessRewardModel, VerifierCurve, VerifierTrainingError
 from actors.saved import InputError, SavedModel
 from actors.scorers import scorer_of
-from actors.verifier_head import FILE, fit, hidden_states, p_should_undo, policy_of
+from actors.verifier_head import FILE, JointHead, fit, hidden_states, p_should_undo, policy_of
 from pipeline.backtrack.cursor import DecodeRequest, Decoding, Signal
 from pipeline.backtrack.layout import rewind
+from pipeline.backtrack.targets import Form
+from pipeline.backtrack.trace import Detour, WrongTry, build_trace
 from pipeline.backtrack.tree import Walk, grow
 from pipeline.backtrack.undo import UndoRule
+from pipeline.config import CheckSettings, SftSettings
 from pipeline.prm_config import HeadSettings
 from tests.actors.trained import prepared
 
@@ -169,3 +176,45 @@ def test_trainings_that_end_in_one_line(policy: tuple[Path, UndoRule], tmp_path:
     with pytest.raises(VerifierTrainingError, match=said):
         fit(policy[0], tmp_path / "head", given, [], SETTINGS, 0, VerifierCurve())
     assert not (tmp_path / "head").exists()
+
+
+# --- jointly with fine-tuning -----------------------------------------------------------------------------------------
+
+
+def test_a_joint_head_is_saved_with_the_model_and_knows_when_undo_is_due(policy: tuple[Path, UndoRule], tmp_path: Path) -> None:
+    folder, rule = policy
+    traces = [
+        build_trace((5, 6), (21, 22, end, STOP), [Detour(1, WrongTry((20, end), (True, False)))], rule) for end in range(30, 36)
+    ]
+    sft = SftSettings(steps=60, rows=4, row_tokens=64, lr=3e-3, form="rewind", head_weight=1.0, checks=CheckSettings(every=None))
+    data = TrainingSet(traces, rule, form=Form("rewind"))
+    fit_policy(folder, tmp_path / "joint", data, sft, 0, Curve())
+    fit_policy(folder, tmp_path / "plain", data, sft.model_copy(update={"head_weight": 0.0}), 0, Curve())
+    assert (tmp_path / "joint" / FILE).is_file() and not (tmp_path / "plain" / FILE).exists()
+    asked = [Labelled(linear((5, 6, 21, 20, 30)), (4,)), Labelled(linear((5, 6, 21, 22, 30)), (4,))]
+    due, right = p_should_undo(tmp_path / "joint", tmp_path / "joint", asked)
+    assert due[0] > 0.8 > 0.2 > right[0]
+
+
+def test_the_joint_loss_is_the_plain_one() -> None:
+    """Slow twin: target by target."""
+    torch.manual_seed(0)
+    model: Any = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(8, 4), device="cpu")
+    joint = JointHead(model, undo_id=7, seed=0)
+    hidden, weight = torch.randn(4, 4, requires_grad=True), torch.tensor([1.0, 2.0, 1.0, 5.0])
+    last, target, ends = torch.tensor([1, 2, 3, 7]), torch.tensor([7, 3, 7, 7]), torch.tensor([False, False, True, False])
+    found = joint.loss(hidden, last, target, ends, weight, learn=True)
+    due = [True, False, False]  # the last one stands within a run
+    slow = 0.0
+    for at, wanted in enumerate(due):
+        p = float(torch.sigmoid(joint.head(hidden[at])).detach())
+        slow -= float(weight[at]) * math.log(p if wanted else 1 - p)
+    assert float(found.detach()) == pytest.approx(slow, rel=1e-5)
+    found.backward()
+    assert hidden.grad is not None and hidden.grad[:3].abs().sum() > 0  # it reaches the policy
+    before = {name: tensor.clone() for name, tensor in joint.head.state_dict().items()}
+    state = joint.tensors()  # makes the step that is due
+    assert any(not torch.equal(before[name], tensor) for name, tensor in joint.head.state_dict().items())
+    other = JointHead(model, undo_id=7, seed=1)
+    other.restore(state)
+    assert {name: one.tolist() for name, one in other.tensors().items()} == {name: one.tolist() for name, one in state.items()}

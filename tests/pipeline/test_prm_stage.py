@@ -64,7 +64,8 @@ def test_a_solution_without_a_step_has_no_row() -> None:
     assert judged_solution("p", (5,), (), False, -1, rule("step"), STOP) is None
     assert judged_solution("p", (5,), (STOP,), False, -1, rule("step"), STOP) is None
     found = judged_solution("p", (5, 5), (4, END, 6, STOP), False, 2, rule("step"), STOP)
-    assert found and found.row.at == (3, 4) and found.row.labels == (1, 0) and found.row.segment.ids == (5, 5, 4, END, 6, STOP)
+    assert found and found.every_token.at == (2, 3, 4) and found.every_token.labels == (1, 1, 0)
+    assert found.row.at == (3, 4) and found.row.labels == (1, 0) and found.row.segment.ids == (5, 5, 4, END, 6, STOP)
 
 
 STEPS = Features(
