@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from pipeline.config import ActorResources, ClusterSettings
+from pipeline.cluster_config import ActorResources, ClusterSettings
 
 
 class ClusterError(RuntimeError):

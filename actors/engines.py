@@ -50,6 +50,10 @@ class Sampling:
     forbidden_ids: tuple[int, ...] = ()
     """Ids that must not be emitted; the undo token, for first-try accuracy."""
     logprobs: bool = False
+    top: int = 0
+    """Most probable ids that are named at each place, whatever was chosen there."""
+    also_stop: tuple[int, ...] = ()
+    """Ids that end a completion beside `stop_id`; they are part of it too."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class Completion:
     logprobs: tuple[float, ...]
     """Log-probability of each emitted id at temperature 1 before any ban; empty when not asked for."""
     finish: Literal["stop", "length"]
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """[emitted] the most probable ids of each place with their log-probabilities, as above; empty when not asked for."""
 
 
 class Engine(Protocol):
@@ -149,18 +155,18 @@ class VllmEngine:
                 temperature=sampling.temperature,
                 top_p=1.0 if greedy else sampling.top_p,
                 max_tokens=sampling.max_tokens,
-                stop_token_ids=[sampling.stop_id],
+                stop_token_ids=[sampling.stop_id, *sampling.also_stop],
                 ignore_eos=True,  # the stop id is named above; a model folder may name others
                 seed=None if greedy else request.seed,
                 logit_bias=dict.fromkeys(sampling.forbidden_ids, -100.0) or None,
-                logprobs=0 if sampling.logprobs else None,
+                logprobs=sampling.top if sampling.logprobs or sampling.top else None,
                 detokenize=False,
             )
             for request in requests
         ]
         prompts: Any = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        return [_from_vllm(output.outputs[0], sampling.stop_id) for output in outputs]
+        return [_from_vllm(output.outputs[0], sampling) for output in outputs]
 
     def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding) -> list[Decoded]:
         return self.decoder.decode(requests, decoding)
@@ -198,10 +204,16 @@ def _repack_tied_head(model: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def _from_vllm(output: Any, stop_id: int) -> Completion:
+def _from_vllm(output: Any, sampling: Sampling) -> Completion:
     ids = tuple(output.token_ids)
     logprobs = tuple(step[token].logprob for token, step in zip(ids, output.logprobs or (), strict=False))
-    return Completion(ids, logprobs, "stop" if ids and ids[-1] == stop_id else "length")
+    top = tuple(
+        tuple((token, one.logprob) for token, one in sorted(step.items(), key=lambda item: item[1].rank)[: sampling.top])
+        for step in (output.logprobs or ())
+        if sampling.top
+    )
+    stopped = ids and ids[-1] in (sampling.stop_id, *sampling.also_stop)
+    return Completion(ids, logprobs if sampling.logprobs else (), "stop" if stopped else "length", top)
 
 
 class HfEngine:
@@ -266,26 +278,35 @@ class HfEngine:
             attention_mask=attention_mask,
             do_sample=not greedy,
             max_new_tokens=sampling.max_tokens,
-            eos_token_id=sampling.stop_id,
+            eos_token_id=[sampling.stop_id, *sampling.also_stop],
             pad_token_id=sampling.stop_id,
             suppress_tokens=list(sampling.forbidden_ids) or None,
-            output_logits=sampling.logprobs,
+            output_logits=sampling.logprobs or sampling.top > 0,
             return_dict_in_generate=True,
             **warp,
         )
         emitted = out.sequences[:, longest:].tolist()
+        stops = (sampling.stop_id, *sampling.also_stop)
+        kept = [next((at + 1 for at, token in enumerate(ids) if token in stops), len(ids)) for ids in emitted]
         chosen: list[list[float]] = [[] for _ in requests]
+        top: list[list[list[tuple[int, float]]]] = [[] for _ in requests]
+        steps = [torch.log_softmax(logits.float(), -1) for logits in out.logits or ()]
         if sampling.logprobs:
-            steps = [
-                torch.log_softmax(logits.float(), -1).gather(1, out.sequences[:, longest + i : longest + i + 1])
-                for i, logits in enumerate(out.logits)
+            chosen = torch.cat([one.gather(1, out.sequences[:, longest + i, None]) for i, one in enumerate(steps)], 1).tolist()
+        if sampling.top:
+            best = [one.topk(min(sampling.top, one.shape[1])) for one in steps]
+            values = torch.stack([one.values for one in best], 1).tolist()
+            places = torch.stack([one.indices for one in best], 1).tolist()
+            top = [
+                [list(zip(*place, strict=True)) for place in zip(ids[:end], logprobs[:end], strict=True)]
+                for ids, logprobs, end in zip(places, values, kept, strict=True)
             ]
-            chosen = torch.cat(steps, dim=1).tolist()
-        return [_cut(ids, logprobs, sampling.stop_id) for ids, logprobs in zip(emitted, chosen, strict=True)]
-
-
-def _cut(ids: list[int], logprobs: list[float], stop_id: int) -> Completion:
-    if stop_id not in ids:
-        return Completion(tuple(ids), tuple(logprobs), "length")
-    end = ids.index(stop_id) + 1
-    return Completion(tuple(ids[:end]), tuple(logprobs[:end]), "stop")
+        return [
+            Completion(
+                tuple(ids[:end]),
+                tuple(chosen[row][:end]),
+                "stop" if ids[end - 1] in stops else "length",
+                tuple(map(tuple, top[row])),
+            )
+            for row, (ids, end) in enumerate(zip(emitted, kept, strict=True))
+        ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from pipeline.config import ActorResources
+from pipeline.cluster_config import ActorResources
 from pipeline.tasks.problem import Problem
 from verifiers.judge import Verdict
 from verifiers.task import Attempt

@@ -25,7 +25,8 @@ from actors.cluster import ClusterError
 from actors.learner import Curve, DevCheck, TrainingError, fit
 from actors.memory import how_to_save, killed
 from actors.packing import TrainingSet
-from pipeline.config import ActorResources, TrainSettings
+from pipeline.cluster_config import ActorResources
+from pipeline.config import TrainSettings
 from pipeline.telemetry import redirect_process_output
 
 _REPORT_SECONDS = 1.0

@@ -7,6 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,12 @@ class RolloutPool:
                 self._say(f"a rollout actor died, {len(self._actors)} go on with its requests: {_one_line(error)}")
         if not self._actors:
             raise ClusterError(f"a rollout actor died: {_one_line(error)}") from error
+
+    def shared(self) -> RolloutPool:
+        """The same actors, for another process to ask beside this one; only this one may change weights or close it."""
+        other = copy(self)
+        other._actors, other._say = list(self._actors), print
+        return other
 
     def close(self) -> None:
         for actor in self._actors:

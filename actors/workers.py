@@ -24,6 +24,8 @@ from actors.packing import TrainingSet
 from actors.policy import Policy, Sampled
 from actors.probe import ProbeRow
 from actors.rollout import RolloutPool
+from actors.search import Searcher
+from actors.search_workers import SearchWorkers
 from actors.verifier_actor import Verifiers
 from actors.watch import Watch
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
@@ -157,6 +159,12 @@ class Workers:
         options = actor_options(cluster.learner, "grpo", 1)
         actor = GrpoActor.options(**options).remote(str(folder.resolve()), settings, policy, seed, str(self._log_dir / "grpo.log"))
         return GrpoLearner(actor, cluster.start_timeout, self._settings.engine.dtype)
+
+    def search(self, searcher: Searcher) -> SearchWorkers:
+        """Search workers that ask the pool of `searcher`; their user closes them."""
+        self.start()
+        cluster = self._settings.cluster
+        return SearchWorkers(searcher, searcher.how.workers, cluster.judge, self._log_dir, self._say)
 
     def watch(self, name: str, first_step: int) -> Watch:
         """Where a training's figures go while it runs, see actors/watch.py."""

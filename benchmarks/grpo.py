@@ -48,7 +48,8 @@ from actors.weights import Weights, check_weights, probe_of  # noqa: E402
 from pipeline.backtrack.cursor import DecodeRequest, Decoding  # noqa: E402
 from pipeline.backtrack.tree import Walk  # noqa: E402
 from pipeline.backtrack.undo import UndoRule  # noqa: E402
-from pipeline.config import ClusterSettings, ScratchModel  # noqa: E402
+from pipeline.cluster_config import ClusterSettings  # noqa: E402
+from pipeline.config import ScratchModel  # noqa: E402
 from pipeline.grpo_config import GrpoSettings  # noqa: E402
 from pipeline.stages.base import new_model, train_tokenizer  # noqa: E402
 from rewards.credit import Episode, advantages  # noqa: E402

@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.backtrack.curriculum import parse_schedule
+from pipeline.cluster_config import ClusterSettings
 from pipeline.dpo_config import DpoSettings
 from pipeline.grpo_config import GrpoSettings, LoraSettings
 from pipeline.prm_config import PrmSettings
+from pipeline.search_config import SearchSettings
 from pipeline.task_config import CountdownTask, Gsm8kTask, Section, SyntheticTask
 
 
@@ -101,32 +103,6 @@ class EngineSettings(Section):
     gpu_memory: float = Field(0.5, gt=0, le=1, description="Share of a GPU's memory for vLLM.")
 
 
-class ActorResources(Section):
-    cpus: float = Field(1, ge=0, le=1024, description="CPUs that Ray reserves for one actor.")
-    gpus: float = Field(0, ge=0, le=64, description="GPUs that Ray reserves for one actor.")
-    threads: int = Field(0, ge=0, le=1024, description="Threads of one actor; 0 shares the node's cores among the actors.")
-
-
-class SmallActorResources(ActorResources):
-    """A learner or judge beside a rollout actor: both fit on the two cores of the smallest machine."""
-
-    cpus: float = Field(0.5, ge=0, le=1024, description="CPUs that Ray reserves for one actor.")
-
-
-class ClusterSettings(Section):
-    address: str | None = Field(None, description="Ray address; null joins RAY_ADDRESS or starts Ray on this machine.")
-    rollout_actors: int = Field(1, ge=1, le=4096, description="Rollout actors, each with an engine.")
-    rollout: ActorResources = Field(ActorResources(), description="Resources of one rollout actor.")
-    learner: SmallActorResources = Field(SmallActorResources(), description="Resources of the learner, or of each of its workers.")
-    learner_workers: int = Field(1, ge=1, le=4096, description="Processes that share each training step, by Ray Train.")
-    judge: SmallActorResources = Field(SmallActorResources(), description="Resources of one judge task.")
-    start_timeout: int = Field(300, ge=5, le=86_400, description="Seconds to wait for an actor to be placed and ready.")
-    batch_timeout: int = Field(
-        3600, ge=1, le=604_800, description="Seconds a rollout actor may take for a batch before it is killed."
-    )
-    restarts: int = Field(5, ge=0, le=100_000, description="Rollout actors started again after they died, in one run.")
-
-
 class SamplingSettings(Section):
     temperature: float = Field(1.0, ge=0, le=5, description="0 decodes greedily.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
@@ -169,7 +145,7 @@ class TraceMix(Section):
     near_miss: Ratio = Field(0.0, description="Errors of rollouts.hot_samples that are close to a right step.")
     random: Ratio = Field(0.0, description="Random tokens put in at a random place.")
     aligned: Ratio = Field(0.0, description="Steps of a wrong solution put into a right one of the same problem.")
-    search: Ratio = Field(0.0, description="Wrong branches of search trees, from traces.search_trees.")
+    search: Ratio = Field(0.0, description="Wrong branches of search trees, of the stage search or traces.search_trees.")
 
 
 class LossFilter(Section):
@@ -204,8 +180,6 @@ class TraceSettings(Section):
     def _has_sources(self) -> Self:
         if not any(getattr(self.mix, source) for source in TraceMix.model_fields):
             raise ValueError("mix takes traces from no source: one of them must be above 0")
-        if self.mix.search and self.search_trees is None:
-            raise ValueError("mix.search needs search_trees, a folder with search trees")
         return self
 
 
@@ -423,6 +397,7 @@ class Settings(Section):
     judge: JudgeSettings = Field(JudgeSettings(), description="Right or wrong, and where it went wrong.")
     traces: TraceSettings = Field(TraceSettings(), description="Backtrack traces from judged rollouts.")
     sft: SftSettings = Field(SftSettings(), description="Masked fine-tuning.")
+    search: SearchSettings = Field(SearchSettings(), description="Tree search for undo strategies.")
     prm: PrmSettings = Field(PrmSettings(), description="Learned verifiers: process reward model and verifier head.")
     dpo: DpoSettings = Field(DpoSettings(), description="Learning from preferences.")
     grpo: GrpoSettings = Field(GrpoSettings(), description="Reinforcement learning of when to undo.")
@@ -457,6 +432,12 @@ class Settings(Section):
         sharded = "fsdp" if self.sft.fsdp is not None else "deepspeed" if self.sft.deepspeed is not None else None
         if sharded and workers < 2:
             raise ValueError(f"sft.{sharded} needs cluster.learner_workers of 2 or more, is {workers}")
+        return self
+
+    @model_validator(mode="after")
+    def _search_has_trees(self) -> Self:
+        if self.traces.mix.search and self.traces.search_trees is None and not self.search.problems:
+            raise ValueError("traces.mix.search needs search.problems, or traces.search_trees, a folder with search trees")
         return self
 
     @model_validator(mode="after")

@@ -60,7 +60,8 @@ def longest_pair(settings: Settings) -> int:
 def longest_completion(settings: Settings) -> int:
     """Most tokens that any stage generates."""
     learned = settings.grpo.max_tokens if settings.grpo.steps else 0
-    return max(settings.rollouts.max_tokens, settings.evaluate.max_tokens, learned)
+    searched = settings.search.max_tokens if settings.search.problems else 0
+    return max(settings.rollouts.max_tokens, settings.evaluate.max_tokens, learned, searched)
 
 
 def _generation(settings: Settings) -> dict[str, Any]:
@@ -121,6 +122,18 @@ STAGES: tuple[Stage, ...] = (
         _judge_settings,
     ),
     Stage(
+        "search",
+        1,
+        lambda round: (_PROBLEMS, _model(round)),
+        lambda s: (
+            _generation(s)
+            | {
+                "search": s.search.model_dump(mode="json", exclude={"workers"}),
+                "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
+            }
+        ),
+    ),
+    Stage(
         "traces",
         2,
         lambda round: (_PROBLEMS, _model(round), Input("rollouts", round, "rollouts"), Input("judge", round, "judge")),
@@ -128,7 +141,7 @@ STAGES: tuple[Stage, ...] = (
             "traces": s.traces.model_dump(mode="json", exclude={"replay"}),
             "longest": longest_trace(s),
             "form": s.sft.form if s.traces.filters.loss.margin is not None else None,
-            "search_trees": _tree_digest(s.traces.search_trees) if s.traces.mix.search else None,
+            "search_trees": _tree_digest(s.traces.search_trees) if s.traces.mix.search and s.traces.search_trees else None,
             "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
             "prompt": s.base.prompt,
             "seed": s.run.seed,
@@ -248,39 +261,72 @@ NAMES = tuple(stage.name for stage in STAGES)
 
 
 def steps(settings: Settings) -> list[tuple[int, Stage]]:
-    """(round, stage) in the order of a run: what is made once, the rounds (with prm, dpo and grpo where they have steps), an
-    experiment on the first round's traces where one is configured, the report of all of them."""
+    """(round, stage) in the order of a run: what is made once, the rounds (with search, prm, dpo and grpo where the settings want
+    them), an experiment on the first round's traces where one is configured, the report of all of them."""
     rounds = settings.run.rounds
-    by_name = {stage.name: stage for stage in STAGES}
-    if settings.dpo.steps:
-        own = [] if settings.dpo.pairs == "search" else ["rollouts", "judge"]
-        read = own if settings.dpo.pairs == "own" else [*own, "search"]
-        by_name["dpo"] = _reads(by_name["dpo"], lambda round: [Input(name, round, name) for name in read])
-        by_name["grpo"] = _reads(by_name["grpo"], lambda round: [Input("dpo", round, "dpo")])
-        by_name["evaluate"] = _reads(by_name["evaluate"], lambda round: [Input("dpo", round, "dpo")])
-        by_name["report"] = _reads(by_name["report"], lambda round: [Input(f"dpo-{r}", r, "dpo") for r in range(1, round + 1)])
-    else:
-        del by_name["dpo"]
-    if settings.grpo.steps:
-        by_name["evaluate"] = _reads(by_name["evaluate"], lambda round: [Input("grpo", round, "grpo")])
-        by_name["report"] = _reads(by_name["report"], lambda round: [Input(f"grpo-{r}", r, "grpo") for r in range(1, round + 1)])
-    else:
-        del by_name["grpo"]
-    if settings.prm.steps:
-        by_name["evaluate"] = _reads(by_name["evaluate"], lambda round: [Input("prm", round, "prm")])
-        by_name["report"] = _reads(by_name["report"], lambda round: [Input(f"prm-{r}", r, "prm") for r in range(1, round + 1)])
-        if settings.prm.labels != "judge":
-            by_name["prm"] = _reads(by_name["prm"], lambda round: [Input("search", round, "search")])
-        if settings.grpo.steps and settings.grpo.reward.process_model:
-            by_name["grpo"] = _reads(by_name["grpo"], lambda round: [Input("prm", round, "prm")])
-    else:
-        del by_name["prm"]
-    before = [(0, by_name[name]) for name in ("problems", "base")]
-    within = [(round, stage) for round in range(1, rounds + 1) for stage in by_name.values() if stage.per_round]
+    stages = {stage.name: stage for stage in STAGES}
+    for place in (_place_prm, _place_dpo, _place_grpo, _place_search):
+        stages = place(settings, stages)
+    before = [(0, stages[name]) for name in ("problems", "base")]
+    within = [(round, stage) for round in range(1, rounds + 1) for stage in stages.values() if stage.per_round]
     if not settings.experiment.variants:
-        return [*before, *within, (rounds, by_name["report"])]
-    report = _reads(by_name["report"], lambda round: [Input("experiment", 1, "experiment")])
-    return [*before, *within, (1, by_name["experiment"]), (rounds, report)]
+        return [*before, *within, (rounds, stages["report"])]
+    report = _reads(stages["report"], lambda round: [Input("experiment", 1, "experiment")])
+    return [*before, *within, (1, stages["experiment"]), (rounds, report)]
+
+
+def _place_prm(settings: Settings, stages: dict[str, Stage]) -> dict[str, Stage]:
+    if not settings.prm.steps:
+        return _without("prm", stages)
+    found = _measured("prm", stages)
+    if settings.prm.labels != "judge":
+        found["prm"] = _reads(found["prm"], lambda round: [Input("search", round, "search")])
+    if settings.grpo.reward.process_model:
+        found["grpo"] = _reads(found["grpo"], lambda round: [Input("prm", round, "prm")])
+    return found
+
+
+def _place_dpo(settings: Settings, stages: dict[str, Stage]) -> dict[str, Stage]:
+    if not settings.dpo.steps:
+        return _without("dpo", stages)
+    own = [] if settings.dpo.pairs == "search" else ["rollouts", "judge"]
+    read = own if settings.dpo.pairs == "own" else [*own, "search"]
+    found = _measured("dpo", stages)
+    found["dpo"] = _reads(found["dpo"], lambda round: [Input(name, round, name) for name in read])
+    found["grpo"] = _reads(found["grpo"], lambda round: [Input("dpo", round, "dpo")])
+    return found
+
+
+def _place_grpo(settings: Settings, stages: dict[str, Stage]) -> dict[str, Stage]:
+    return _measured("grpo", stages) if settings.grpo.steps else _without("grpo", stages)
+
+
+def _place_search(settings: Settings, stages: dict[str, Stage]) -> dict[str, Stage]:
+    """Before traces with the start model; or behind sft with the fine-tuned one, whose trees the traces of the next round read."""
+    others = _without("search", stages)
+    if not settings.search.problems:
+        return others
+    search, fine_tuned = stages["search"], settings.search.model == "sft"
+    if settings.traces.mix.search:
+        others["traces"] = _reads(
+            others["traces"], lambda round: [Input("search", one, "search") for one in [round - fine_tuned] if one >= 1]
+        )
+    if fine_tuned:
+        search = _reads(search, lambda round: [Input("sft", round, "sft")])
+    names = list(others)
+    at = names.index("sft") + 1 if fine_tuned else names.index("traces")
+    return {name: search if name == "search" else others[name] for name in [*names[:at], "search", *names[at:]]}
+
+
+def _measured(name: str, stages: dict[str, Stage]) -> dict[str, Stage]:
+    """The stages, of which those that measure and show read what this one makes."""
+    evaluate = _reads(stages["evaluate"], lambda round: [Input(name, round, name)])
+    report = _reads(stages["report"], lambda round: [Input(f"{name}-{r}", r, name) for r in range(1, round + 1)])
+    return stages | {"evaluate": evaluate, "report": report}
+
+
+def _without(name: str, stages: dict[str, Stage]) -> dict[str, Stage]:
+    return {other: stage for other, stage in stages.items() if other != name}
 
 
 def _reads(stage: Stage, more: Callable[[int], Sequence[Input]]) -> Stage:

@@ -125,7 +125,9 @@ def _mixed(
         "near_miss": lambda count: own_errors(judged, True, settings, codec, seed),
         "random": lambda count: random_errors(judged, list(problems.values()), count, settings, codec, seed),
         "aligned": lambda count: aligned_errors(judged, problems, codec, seed),
-        "search": lambda count: searched_errors(settings.search_trees or "", problems, settings, codec),
+        "search": lambda count: (
+            one for folder in _search_trees(context) for one in searched_errors(folder, problems, settings, codec)
+        ),
     }
     assert {"self", *sources} == set(TraceMix.model_fields)
     for source, make in sources.items():
@@ -133,6 +135,13 @@ def _mixed(
         if count:
             traces += some(passing(make(count)), count, source)
     return traces
+
+
+def _search_trees(context: Context) -> list[str]:
+    """Folders of search trees: of the stage search where it has run before, and what the settings name."""
+    own = [str(context.inputs["search"] / "trees")] if "search" in context.inputs else []
+    named = context.settings.traces.search_trees
+    return [*own, *([named] if named else [])]
 
 
 def _ends_right(one: Candidate, codec: Codec, removed: Removed) -> bool:

@@ -19,7 +19,8 @@ from actors.learner import Curve, DevCheck, TrainingError, fit
 from actors.learner_group import failure_of
 from actors.workers import Workers
 from pipeline.backtrack.targets import Form
-from pipeline.config import BaseTraining, ClusterSettings, RunSettings, Settings, SftSettings, SmallActorResources
+from pipeline.cluster_config import ClusterSettings, SmallActorResources
+from pipeline.config import BaseTraining, RunSettings, Settings, SftSettings
 from tests.actors.trained import prepared, spoil_token, thirty_traces, weights
 
 COMMON: dict[str, Any] = {"steps": 6, "rows": 4, "row_tokens": 64, "lr": 1e-2, "log_every": 1, "checkpoint_every": 2}

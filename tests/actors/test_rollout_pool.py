@@ -20,7 +20,8 @@ from actors.weights import Weights
 from actors.workers import Workers
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.backtrack.tree import Walk
-from pipeline.config import ClusterSettings, EngineSettings, Settings, UndoSettings
+from pipeline.cluster_config import ClusterSettings
+from pipeline.config import EngineSettings, Settings, UndoSettings
 from pipeline.grpo_config import GrpoSettings
 from pipeline.stages.io import Codec
 from tests.pipeline.saved import save_problems_and_models

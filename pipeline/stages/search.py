@@ -1,0 +1,161 @@
+"""Stage `search`: Monte-Carlo tree search on training problems; its trees are read for traces, step values and preference pairs.
+
+Writes `trees/`, `steps/` and `pairs/` as datasets, and some trees for people: trees.json and search.html (docs/search.md).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from datasets import Features, List, Value
+
+from actors.engines import Request, Sampling
+from actors.mcts import Vocabulary
+from actors.rollout import RolloutPool
+from actors.search import Case, Meter, Searcher
+from pipeline.backtrack.searched import Searched, pairs, step_values
+from pipeline.config import UndoSettings
+from pipeline.search_page import Drawn, draw, render
+from pipeline.stages.io import Codec, read_problems, write_json, write_rows
+from pipeline.stages.rollouts import context_length, row_seed, within_context
+from pipeline.stages.stage import Context
+from pipeline.tasks.problem import Problem
+from verifiers.tasks import judge_of
+
+TREES, STEPS, PAIRS = "trees", "steps", "pairs"
+_IDS = List(Value("int32"))
+TREE_FEATURES = Features(
+    {
+        "problem": Value("string"),
+        "prompt_ids": _IDS,
+        "parent": List(Value("int32")),
+        "ids": List(_IDS),
+        "value": List(Value("float32")),
+        "visits": List(Value("int32")),
+        "prior": List(Value("float32")),
+        "right": List(Value("int8")),
+        "undone": List(Value("int32")),
+        "solved": Value("bool"),
+        "simulations": Value("int32"),
+        "tokens": Value("int32"),
+    }
+)
+STEP_FEATURES = Features(
+    {
+        "problem": Value("string"),
+        "prompt_ids": _IDS,
+        "ids": _IDS,
+        "value": Value("float32"),
+        "q": Value("float32"),
+        "samples": Value("int32"),
+    }
+)
+PAIR_FEATURES = Features(
+    {
+        "problem": Value("string"),
+        "prompt_ids": _IDS,
+        "prefix_ids": _IDS,
+        "chosen_ids": _IDS,
+        "rejected_ids": _IDS,
+        "kind": Value("string"),
+        "margin": Value("float32"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class EndsRight:
+    """The verdict of a problem's judge on surviving ids. Travels to search workers, which load the tokenizer themselves."""
+
+    folder: Path
+    undo: UndoSettings
+    prompt: str
+
+    @cached_property
+    def _codec(self) -> Codec:
+        return Codec(self.folder, self.undo, self.prompt)
+
+    def __call__(self, problem: Problem, ids: tuple[int, ...]) -> bool:
+        return judge_of(problem).correct(problem, self._codec.decode(ids).text)
+
+
+def run(context: Context) -> None:
+    settings, how = context.settings, context.settings.search
+    model = "sft" if how.model == "sft" else "model"
+    folder = context.inputs[model]
+    codec = Codec(folder, settings.undo, settings.base.prompt)
+    ends_right = EndsRight(folder.resolve(), settings.undo, settings.base.prompt)
+    pool = context.workers.pool(folder, context.digests[model], context_length(context))
+    cases = _cases(context, codec, pool, ends_right)
+    words = Vocabulary(codec.rule.step_end_ids, codec.stop_id, codec.rule.undo_id, frozenset(codec.spare_ids))
+    searcher = Searcher(pool.shared(), how, words, settings.run.seed, settings.rollouts.batch, ends_right)
+    workers = context.workers.search(searcher)
+    found: dict[str, Searched] = {}
+    try:
+        with context.terminal.stage("search", len(cases)) as progress:
+            for tree in workers.search(cases):
+                found[tree.problem] = tree
+                progress.update(len(found), f"{sum(one.solved for one in found.values())} solved")
+    finally:
+        workers.close()
+    trees = [found[case.problem.id] for case in cases]
+    _write(context, codec, {case.problem.id: case.problem for case in cases}, trees)
+    _say(context, trees, workers.meter)
+
+
+def _cases(context: Context, codec: Codec, pool: RolloutPool, ends_right: EndsRight) -> list[Case]:
+    """The problems to search: drawn anew each round, the same ones for the same seed."""
+    settings, how = context.settings, context.settings.search
+    problems = read_problems(context.inputs["problems"], "train")
+    if how.problems < len(problems):
+        problems = random.Random(f"{settings.run.seed}/search/{context.round}").sample(problems, how.problems)
+    prompts = [codec.prompt_ids(problem) for problem in problems]
+    fits, context.counts["prompt_too_long"] = within_context(context, problems, prompts)
+    cases = [Case(problems[i], prompts[i]) for i in fits]
+    if how.only == "all":
+        return cases
+    greedy = Sampling(0.0, 1.0, how.max_tokens, codec.stop_id, (codec.rule.undo_id, *codec.spare_ids))
+    requests = [Request(case.prompt, row_seed(settings.run.seed, case.problem.id)) for case in cases]
+    made, _ = pool.generate(requests, greedy, settings.rollouts.batch)
+    failed = [case for case, one in zip(cases, made, strict=True) if not ends_right(case.problem, one.token_ids)]
+    context.counts["right_greedily"] = len(cases) - len(failed)
+    return failed
+
+
+def _write(context: Context, codec: Codec, problems: dict[str, Problem], trees: Sequence[Searched]) -> None:
+    how, out = context.settings.search, context.out
+    write_rows([_tree_row(tree) for tree in trees], TREE_FEATURES, out / TREES)
+    steps = [_about(tree) | vars(one) for tree in trees for one in step_values(tree)]
+    write_rows(steps, STEP_FEATURES, out / STEPS)
+    found = [_about(tree) | vars(one) for tree in trees for one in pairs(tree, how.margin, codec.rule, how.pairs)]
+    write_rows(found, PAIR_FEATURES, out / PAIRS)
+    # The trees that show most: solved ones with wrong branches first, then those that nothing solved.
+    shown = sorted(trees, key=lambda tree: (not (tree.solved and 0 in tree.right), tree.problem))[: how.dumps]
+    drawn: list[Drawn] = [draw(problems[tree.problem], tree, lambda ids: codec.decode(ids).text) for tree in shown]
+    write_json([one.to_json() for one in drawn], out / "trees.json")
+    (out / "search.html").write_text(render(drawn, context.settings.run.name, len(trees), sum(tree.solved for tree in trees)))
+    context.counts.update(rows=len(trees), steps=len(steps), pairs=len(found))
+
+
+def _tree_row(tree: Searched) -> dict[str, Any]:
+    return {name: getattr(tree, name) for name in TREE_FEATURES}
+
+
+def _about(tree: Searched) -> dict[str, Any]:
+    return {"problem": tree.problem, "prompt_ids": tree.prompt_ids}
+
+
+def _say(context: Context, trees: Sequence[Searched], meter: Meter) -> None:
+    """What was found, and what did not work: nothing is left out in silence."""
+    solved = sum(tree.solved for tree in trees)
+    simulations, tokens = sum(tree.simulations for tree in trees), sum(tree.tokens for tree in trees)
+    context.counts.update(solved=solved, unsolved=len(trees) - solved, simulations=simulations, tokens=tokens, **meter.failed)
+    for kind, example in sorted(meter.examples.items()):
+        context.terminal.warn(f"search: {kind}: {meter.failed[kind]} times, e.g. {example}")
+    if not solved:
+        context.terminal.warn("search: no simulation solved any problem: raise search.simulations, or search easier ones")
