@@ -70,7 +70,8 @@ PAIR_FEATURES = Features(
 
 @dataclass(frozen=True)
 class EndsRight:
-    """The verdict of a problem's judge on surviving ids. Travels to search workers, which load the tokenizer themselves."""
+    """The verdict of a problem's judge on surviving ids: a right answer, and no false step on the way to it, or search would find
+    the false steps that make an answer right. Travels to search workers, which load the tokenizer themselves."""
 
     folder: Path
     undo: UndoSettings
@@ -81,7 +82,8 @@ class EndsRight:
         return Codec(self.folder, self.undo, self.prompt)
 
     def __call__(self, problem: Problem, ids: tuple[int, ...]) -> bool:
-        return judge_of(problem).correct(problem, self._codec.decode(ids).text)
+        verdict = judge_of(problem).judge(problem, self._codec.decode(ids).text)
+        return verdict.correct and verdict.error is None
 
 
 def run(context: Context) -> None:
