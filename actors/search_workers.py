@@ -7,6 +7,7 @@ is not handed over twice.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,6 +22,8 @@ from actors.search import Case, Meter, Searcher
 from pipeline.backtrack.searched import Searched
 from pipeline.cluster_config import ActorResources
 from pipeline.telemetry import redirect_process_output
+
+_NUMBERS = itertools.count()  # a name stays taken for a while after its actor is dead
 
 
 class _SearchWorker:
@@ -49,7 +52,9 @@ class SearchWorkers:
         share = resources.model_copy(update={"cpus": resources.cpus / workers, "threads": resources.threads or 1})
         self._batch, self._say = searcher.how.batch, say
         self._actors = [
-            SearchActor.options(**actor_options(share, f"search-{i}", workers)).remote(searcher, str(log_dir / f"search-{i}.log"))
+            SearchActor.options(**actor_options(share, f"search-{next(_NUMBERS)}", workers)).remote(
+                searcher, str(log_dir / f"search-{i}.log")
+            )
             for i in range(workers)
         ]
         self.meter = Meter()

@@ -101,7 +101,11 @@ def grow(
 
 
 def slow_values(settled: Sequence[Settled], how: SearchSettings, step: Callable[[tuple[int, ...]], int]) -> dict[Any, Any]:
-    """What every state must be worth, recomputed from the list of simulations: surviving ids -> (visits, total, best, ends, rights)."""
+    """What every state must be worth, recomputed from the list of simulations.
+
+    Returns:
+        surviving ids -> (visits, total, best, ends, rights)
+    """
     found: dict[Any, Any] = {}
     for ids, value, right in settled:
         states = [ids[:end] for end in range(len(ids) + 1) if end in (0, len(ids)) or step(ids[:end])]

@@ -133,7 +133,9 @@ def test_values_lead_the_search() -> None:
     tree, language = tree_of(asked), Language(1)
     unlikely = sorted(LETTERS, key=lambda token: language.logprobs(())[token])[-2]
     grow(tree, asked, language, lambda ids: ids[0] == unlikely)
-    visits = {letter: sum(tree.nodes[c].visits for c in tree.nodes[0].children if tree.nodes[c].ids[0] == letter) for letter in LETTERS}
+    visits = {
+        letter: sum(tree.nodes[c].visits for c in tree.nodes[0].children if tree.nodes[c].ids[0] == letter) for letter in LETTERS
+    }
     assert visits[unlikely] > 30 > max(count for letter, count in visits.items() if letter != unlikely)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,9 +162,6 @@ class Mortal:
     mark: str
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, batch: int = 0) -> tuple[list[Completion], str]:
-        import os
-        from pathlib import Path
-
         if any(request.seed % 5 == 0 for request in requests):
             try:
                 Path(self.mark).touch(exist_ok=False)
@@ -175,8 +174,6 @@ class Mortal:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    from pathlib import Path
-
     root = str(Path(__file__).resolve().parents[2])
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": root}})
     yield
