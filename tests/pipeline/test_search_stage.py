@@ -1,0 +1,231 @@
+"""The stage search with a scripted engine in one process: what it writes, what reads it, and where it stands in a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from datasets import load_from_disk
+
+from actors.engines import Completion, Request, Sampling
+from actors.search import Meter, Searcher
+from pipeline.backtrack.undo import apply_undo
+from pipeline.config import EngineSettings, RolloutSettings, Settings, TraceSettings
+from pipeline.stages import search
+from pipeline.stages.graph import steps
+from pipeline.stages.io import Codec
+from pipeline.stages.sources import searched_errors
+from pipeline.stages.stage import Context
+from tests.pipeline.saved import PROBLEMS, save_problems_and_models
+from verifiers.tasks import judge_of
+
+TRAIN = [one for one in PROBLEMS if one.split == "train"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("search")
+    return save_problems_and_models({name: root / name for name in ("problems", "model")})
+
+
+def settings_of(**asked: Any) -> Settings:
+    return Settings.model_validate(
+        {
+            "engine": EngineSettings(kind="hf", max_prompt=400).model_dump(),
+            "rollouts": RolloutSettings(max_tokens=256).model_dump(),
+            "evaluate": {"max_tokens": 100},
+            "base": {"scratch": {"context": 4096}},
+            "search": {"problems": 100, "max_tokens": 256, "simulations": 8} | asked,
+        }
+    )
+
+
+class Scripted:
+    """Writes the gold solution with a wrong last line, and names the right way where the two part."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+        self.ways = {codec.prompt_ids(one): (codec.solution_ids(one.solution), self._wrong(one.solution)) for one in TRAIN}
+
+    def _wrong(self, solution: str) -> tuple[int, ...]:
+        before, _, answer = solution.rpartition("#### ")
+        return self.codec.solution_ids(f"{before}#### {int(answer) + 1}")
+
+    def shared(self) -> Scripted:
+        return self
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, batch: int) -> tuple[list[Completion], str]:
+        return [self._one(request.prompt_ids) for request in requests], "v"
+
+    def _one(self, ids: tuple[int, ...]) -> Completion:
+        prompt = next(prompt for prompt in self.ways if ids[: len(prompt)] == prompt)
+        gold, wrong = self.ways[prompt]
+        given = ids[len(prompt) :]
+        on_gold = given == gold[: len(given)] and given != wrong[: len(given)]
+        way = gold if on_gold else wrong
+        top = []
+        for place in range(len(given), len(way)):
+            parts = not on_gold and way[:place] == gold[:place] and way[place] != gold[place]
+            top.append(((way[place], -0.1), *(((gold[place], -2.4),) if parts else ())))
+        return Completion(way[len(given) :], (-0.1,) * (len(way) - len(given)), "stop", tuple(top))
+
+
+class Run:
+    def __init__(self, inputs: dict[str, Path], folder: Path, settings: Settings) -> None:
+        self.codec = Codec(inputs["model"], settings.undo, settings.base.prompt)
+        self.out, self.warnings, self.counts = folder, list[str](), dict[str, int]()
+        folder.mkdir()
+
+        @contextmanager
+        def progress(*_: Any) -> Iterator[Any]:
+            yield SimpleNamespace(update=lambda *_: None)
+
+        pool = Scripted(self.codec)
+        self.context = SimpleNamespace(
+            settings=settings, round=1, out=folder, counts=self.counts, inputs=inputs, digests={"model": "m"},
+            terminal=SimpleNamespace(stage=progress, warn=self.warnings.append, info=self.warnings.append),
+            workers=SimpleNamespace(pool=lambda *_: pool, search=Here),
+        )  # fmt: skip
+        search.run(cast(Context, self.context))
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        return list(load_from_disk(str(self.out / name)))
+
+
+class Here:
+    """Search workers in this process."""
+
+    def __init__(self, searcher: Searcher) -> None:
+        self.search = searcher.search
+        self.meter: Meter = searcher.meter
+
+    def close(self) -> None: ...
+
+
+def test_what_the_stage_writes(inputs: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(inputs, tmp_path / "out", settings_of())
+    trees, values, pairs = run.rows("trees"), run.rows("steps"), run.rows("pairs")
+    assert len(trees) == len(TRAIN) == run.counts["rows"] == run.counts["solved"] and not run.warnings
+    by_id = {one.id: one for one in TRAIN}
+    assert list(trees[0]) == [*search.TREE_FEATURES]
+    for tree in trees:
+        gold, wrong = (
+            run.codec.solution_ids(by_id[tree["problem"]].solution),
+            Scripted(run.codec).ways[tuple(tree["prompt_ids"])][1],
+        )
+        ends = {tuple(path(tree, node)): tree["right"][node] for node in range(len(tree["parent"])) if tree["right"][node] >= 0}
+        assert ends == {gold: 1, wrong: 0} and tree["solved"] and tree["simulations"] == 2 and sum(tree["undone"]) >= 1
+        assert tree["tokens"] > len(wrong)
+    assert {one["kind"] for one in pairs} == {"step", "undo"} and all(one["margin"] == 1.0 for one in pairs)
+    for one in pairs:
+        problem = by_id[one["problem"]]
+        sides = [one["prefix_ids"] + one[side] for side in ("chosen_ids", "rejected_ids")]
+        solved = [judge_of(problem).correct(problem, text(run.codec, ids)) for ids in sides]
+        assert solved == [True, False]
+        assert (run.codec.rule.undo_id in one["chosen_ids"]) == (one["kind"] == "undo")
+    assert all(0 <= one["value"] <= 1 and 0 <= one["q"] <= 1 and one["samples"] >= 1 for one in values)
+    assert {1.0, 0.0, 0.5} == {one["value"] for one in values}
+    drawn = json.loads((run.out / "trees.json").read_text())
+    page = (run.out / "search.html").read_text()
+    assert len(drawn) == len(TRAIN) and all(one["problem"] in page for one in drawn) and "↩ 1" in page
+    assert page.count('class="verdict">right') == len(TRAIN)
+
+
+def path(tree: dict[str, Any], node: int) -> list[int]:
+    return [] if node == 0 else path(tree, tree["parent"][node]) + tree["ids"][node]
+
+
+def text(codec: Codec, ids: Sequence[int]) -> str:
+    return codec.decode(apply_undo(ids, codec.rule).surviving).text
+
+
+def test_traces_read_the_trees(inputs: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(inputs, tmp_path / "out", settings_of())
+    found = list(searched_errors(str(run.out / "trees"), {one.id: one for one in TRAIN}, TraceSettings(), run.codec))
+    assert len(found) == len(TRAIN)
+    for one in found:
+        ids = one.trace.ids[one.trace.prompt_length :]
+        assert run.codec.rule.undo_id in ids and judge_of(one.problem).correct(one.problem, text(run.codec, ids))
+
+
+def test_the_same_seed_gives_the_same_bytes(inputs: dict[str, Path], tmp_path: Path) -> None:
+    one, other = (Run(inputs, tmp_path / name, settings_of(problems=3)) for name in ("a", "b"))
+    assert one.counts["rows"] == 3
+    for file in (path for path in one.out.rglob("*") if path.is_file()):
+        assert file.read_bytes() == (other.out / file.relative_to(one.out)).read_bytes()
+
+
+@pytest.mark.parametrize("only", ["all", "failed"])
+def test_problems_that_nothing_solves_are_said_and_kept(
+    only: str, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.EndsRight, "__call__", lambda *_: False)
+    run = Run(inputs, tmp_path / "out", settings_of(only=only))
+    assert run.counts["unsolved"] == len(TRAIN) and "no simulation solved any problem" in run.warnings[0]
+    assert not any(tree["solved"] for tree in run.rows("trees")) and run.counts["pairs"] == 0
+
+
+def test_a_verifier_that_raises_is_said(inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> bool:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(search.EndsRight, "__call__", broken)
+    run = Run(inputs, tmp_path / "out", settings_of())
+    assert run.counts["unjudged"] == 2 * len(TRAIN) and "ZeroDivisionError: by zero" in run.warnings[0]
+
+
+def test_a_right_answer_by_a_false_step_is_no_right_end(inputs: dict[str, Path]) -> None:
+    settings = settings_of()
+    codec = Codec(inputs["model"], settings.undo, settings.base.prompt)
+    right = search.EndsRight(inputs["model"], settings.undo, settings.base.prompt)
+    one = TRAIN[0]
+    assert right(one, codec.solution_ids(one.solution))
+    assert not right(one, codec.solution_ids(f"So <<1+1=3>>3.\n{one.solution}"))
+
+
+# ---- its place in a run ----
+
+
+def test_where_the_stage_stands() -> None:
+    def order(**more: Any) -> list[str]:
+        return [stage.name for round, stage in steps(Settings.model_validate(more)) if round == 1]
+
+    assert "search" not in order()
+    before = order(search={"problems": 5})
+    assert before.index("judge") < before.index("search") < before.index("traces")
+    behind = order(search={"problems": 5, "model": "sft"})
+    assert behind.index("search") == behind.index("sft") + 1
+
+
+@pytest.mark.parametrize(("model", "wanted"), [("start", [(1, 1), (2, 2)]), ("sft", [(2, 1)])])
+def test_which_trees_traces_read(model: str, wanted: list[tuple[int, int]]) -> None:
+    settings = Settings.model_validate(
+        {"run": {"rounds": 2}, "search": {"problems": 5, "model": model}, "traces": {"mix": {"search": 1.0}}}
+    )
+    found = [
+        (round, one.round)
+        for round, stage in steps(settings)
+        if stage.name == "traces"
+        for one in stage.inputs(round)
+        if one.name == "search"
+    ]
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"search": {"simulations": 0}}, "greater than or equal to 1"),
+        ({"search": {"tokens": 0}}, "greater than or equal to 1"),
+        ({"search": {"expand": "samples"}}, "needs a temperature above 0"),
+        ({"traces": {"mix": {"search": 1.0}}}, "needs search.problems, or traces.search_trees"),
+    ],
+)
+def test_bad_settings(more: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        Settings.model_validate(more)
