@@ -217,9 +217,10 @@ class RolloutPool:
             raise ClusterError(f"a rollout actor died: {_one_line(error)}") from error
 
     def shared(self) -> RolloutPool:
-        """The same actors, for another process to ask beside this one; only this one may change weights or close it."""
+        """The same actors, for another process to ask beside this one; only this one may change weights, start actors again, or
+        close it."""
         other = copy(self)
-        other._actors, other._say = list(self._actors), print
+        other._actors, other._heard, other._restarts, other._say = list(self._actors), set(self._heard), 0, print
         return other
 
     def close(self) -> None:
