@@ -21,7 +21,7 @@ from pipeline.task_config import SyntheticTask
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
-SECTIONS = "run, task, undo, base, engine, cluster, rollouts, judge, traces, sft, dpo, grpo, decode, evaluate, experiment, report"
+SECTIONS = "run, task, undo, base, engine, cluster, rollouts, judge, traces, sft, search, prm, dpo, grpo, decode, evaluate, experiment, report"
 
 
 def error_of(folder: Path, text: str, *overrides: str) -> str:
@@ -74,6 +74,22 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
             [],
             "settings of several sections (set in FILE): grpo.control starts from the clean control",
         ),
+        (
+            "prm: {steps: 5, labels: both}",
+            [],
+            "settings of several sections (set in FILE): prm.labels is both, which needs the stage search: set search.problems",
+        ),
+        (
+            "",
+            ["dpo.steps=5", "dpo.pairs=search"],
+            "settings of several sections (set in the command line): dpo.pairs is search, which needs the stage search: set search.problems",
+        ),
+        (
+            "grpo: {reward: {process_model: true}, steps: 5}",
+            [],
+            "settings of several sections (set in FILE): grpo.reward.process_model needs the stage prm: set prm.steps",
+        ),
+        ("evaluate: {also_at: [1.0, 0.0]}", [], "evaluate (set in FILE): also_at must name other temperatures than 0, each once"),
         ("grpo: {loss: dr_grpo}", [], "grpo (set in FILE): loss dr_grpo needs scale: none, is group"),
         ("grpo: {refill: 1, staleness: 1}", [], "grpo (set in FILE): refill needs staleness 0, is 1"),
         # wrong types
@@ -141,7 +157,7 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
         (
             "decode: {signal: {kind: luck}}",
             [],
-            "decode.signal.kind (set in FILE): should be 'probability', 'margin', 'entropy' or 'repeat', not 'luck'",
+            "decode.signal.kind (set in FILE): should be 'probability', 'margin', 'entropy', 'repeat' or 'score', not 'luck'",
         ),
         (
             "",

@@ -11,6 +11,7 @@ import pytest
 from pipeline.cli import main
 from pipeline.config import RunSettings, Settings
 from pipeline.runner import Pipeline, Selection
+from pipeline.stages.graph import steps
 from pipeline.telemetry import Terminal
 
 
@@ -82,3 +83,29 @@ def test_from_round_leaves_what_is_before() -> None:
 def test_from_round_is_within_the_rounds(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--from-round", "3", "run.rounds=2"]) == 2
     assert "--from-round must lie in 1 .. run.rounds = 2, is 3" in capsys.readouterr().err
+
+
+def test_where_the_stages_that_not_every_run_has_stand() -> None:
+    """Search before traces or behind sft; verifiers, preferences and reinforcement learning behind, each on what the last left."""
+    asked = {
+        "search": {"problems": 1},
+        "prm": {"steps": 1, "labels": "both"},
+        "dpo": {"steps": 1, "pairs": "search"},
+        "grpo": {"steps": 1, "reward": {"process_model": True}},
+        "traces": {"mix": {"search": 1}},
+        "run": {"rounds": 2},
+    }
+    for model, order in (
+        ("start", ["search", "traces", "sft", "prm", "dpo", "grpo", "evaluate"]),
+        ("sft", ["traces", "sft", "search", "prm", "dpo", "grpo", "evaluate"]),
+    ):
+        settings = Settings.model_validate(asked | {"search": {"problems": 1, "model": model}})
+        second = {stage.name: stage for round, stage in steps(settings) if round == 2}
+        assert [name for name in second if name not in ("rollouts", "judge", "report")] == order
+        read = {name: {one.name: one.round for one in stage.inputs(2)} for name, stage in second.items()}
+        assert read["traces"]["search"] == (2 if model == "start" else 1)
+        assert read["prm"]["search"] == read["dpo"]["search"] == read["grpo"]["prm"] == read["grpo"]["dpo"] == 2
+        assert {"prm", "dpo", "grpo"} <= read["evaluate"].keys()
+        assert not {"rollouts", "judge"} & read["dpo"].keys() and ("sft" in read["search"]) == (model == "sft")
+    plain = [stage.name for _, stage in steps(Settings())]
+    assert plain == ["problems", "base", "rollouts", "judge", "traces", "sft", "evaluate", "report"]
