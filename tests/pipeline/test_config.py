@@ -21,7 +21,10 @@ from pipeline.task_config import SyntheticTask
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
-SECTIONS = "run, task, undo, base, engine, cluster, rollouts, judge, traces, sft, search, prm, dpo, grpo, decode, evaluate, experiment, report"
+SECTIONS = (
+    "run, task, undo, base, engine, cluster, rollouts, judge, traces, sft, search, prm, dpo, grpo, decode, evaluate, experiment, "
+    "report"
+)
 
 
 def error_of(folder: Path, text: str, *overrides: str) -> str:
@@ -82,7 +85,7 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
         (
             "",
             ["dpo.steps=5", "dpo.pairs=search"],
-            "settings of several sections (set in the command line): dpo.pairs is search, which needs the stage search: set search.problems",
+            "settings of several sections (set in the command line): dpo.pairs is search, which needs the stage search",
         ),
         (
             "grpo: {reward: {process_model: true}, steps: 5}",
