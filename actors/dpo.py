@@ -17,6 +17,7 @@ import ray
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from trl.trainer.utils import disable_dropout_in_model
 
 from actors.checkpoints import newest_step, save_step
 from actors.dpo_trl import fit_by_trl
@@ -81,6 +82,7 @@ class Dpo(PolicyLearner):
 
     def __init__(self, folder: Path, settings: DpoSettings, policy: Policy, seed: int) -> None:
         super().__init__(folder, settings, policy, seed, settings.steps, referred=True)
+        disable_dropout_in_model(self.model)  # as TRL does: policy and reference differ by what is learned alone
         self.settings = settings
 
     def learn(self, pairs: Sequence[Pair]) -> Record:

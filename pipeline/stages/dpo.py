@@ -34,7 +34,9 @@ def run(context: Context) -> None:
     source = context.inputs["sft"]
     codec = Codec(source, settings.undo, settings.base.prompt)
     policy = Policy(codec.rule, settings.decode.rewinding, vocabulary=codec.vocabulary, rewinds=asked.form == "rewind")
-    pairs = _pairs(context, codec, policy)
+    with context.terminal.stage("dpo/pairs", None) as progress:
+        pairs = _pairs(context, codec, policy)
+        progress.update(len(pairs))
     data = _split(pairs, asked.check_pairs, settings.run.seed)
     write_rows(list(pair_rows(pairs)), FEATURES, context.out / PAIRS)
     history: list[Record] = []
