@@ -43,6 +43,11 @@ def _guided(kind: Any) -> Callable[[Decoding, float], Decoding]:
     return lambda decoding, value: replace(decoding, mode="guided", signal=Signal(kind, value))
 
 
+def _by_score(decoding: Decoding, value: float) -> Decoding:
+    signal = decoding.signal or Signal("score")
+    return replace(decoding, mode="guided", signal=replace(signal, threshold=value))
+
+
 def _by_bias(decoding: Decoding, value: float) -> Decoding:
     return replace(decoding, threshold=None, undo_bias=value)
 
@@ -53,13 +58,14 @@ def _by_threshold(decoding: Decoding, value: float) -> Decoding:
 
 SWEEPS = {
     "threshold": Sweep("decode.threshold", _SHARES, "", _by_threshold),
+    "score": Sweep("decode.signal.threshold", _SHARES, "decode.signal.kind=score", _by_score),
     "bias": Sweep("decode.undo_bias", (-4, -2, -1, 0, 1, 2, 4), "decode.threshold=null", _by_bias),
     **{
         kind: Sweep("decode.signal.threshold", values, f"decode.signal.kind={kind}", _guided(kind))
         for kind, values in (("probability", _SHARES), ("margin", _SHARES), ("entropy", (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3)))
     },
 }
-"""By name: what decides of a trained U, and the training-free signals that it is set beside, each at its own best value."""
+"""By name: what decides of a trained U, and the signals that it is set beside, learned or not, each at its own best value."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ def calibrate(
     from actors.engines import Completion
     from pipeline.stages.evaluate import evaluated, evaluation_decoding, requests_of
     from pipeline.stages.io import Codec, read_problems
+    from pipeline.stages.prm import named_signal
     from pipeline.stages.probes import spread
     from pipeline.stages.sft import CONTROL
 
@@ -142,6 +149,14 @@ def calibrate(
         return Completion(one.ids, (), one.finish)
 
     rewind = evaluation_decoding(settings, codec, "rewind")
+    verifiers = store.path(round, "prm") if store.manifest(round, "prm") else None
+    asked = settings.decode.signal
+    rewind = replace(rewind, signal=named_signal(Signal("score", by=asked.by, folder=asked.folder), verifiers, model))
+    if "score" in names:
+        try:
+            decoder.detector(_by_score(rewind, 0.5))
+        except ValueError as error:
+            raise StoreError(str(error)) from error
     found: dict[str, Any] = {}
     total = 1 + sum(len(SWEEPS[name].values) for name in names)
     with terminal.stage("calibrate", total, "values") as progress:
