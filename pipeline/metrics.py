@@ -10,6 +10,8 @@ from typing import Any
 
 from pipeline.statistics import auroc, paired, share
 
+TRAINED = ("grpo", "dpo", "sft")
+"""Models that a round may end with, the last one first."""
 BASELINES = ("guided", "vote", "best_of_n")
 """Modes in which another detector, or more tokens, stand against trained undos."""
 
@@ -126,7 +128,8 @@ def in_numbers(dev: Mapping[str, Any]) -> str:
 
 def trained_model(rows: Sequence[Evaluated]) -> str:
     """Name of the model that a round ends with."""
-    return next((name for name in ("grpo", "dpo") if any(row.model == name for row in rows)), "sft")
+    measured = {row.model for row in rows}
+    return next((name for name in TRAINED if name in measured), "sft")
 
 
 def groups(rows: Sequence[Any]) -> Iterator[tuple[str, Callable[[Any], bool]]]:

@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from pipeline.backtrack.undo import UndoRule, apply_undo
 from pipeline.config import DecodeSettings
+from pipeline.metrics import TRAINED
 
 NONE = "–"
 """What stands where there is no number; never 0."""
@@ -49,7 +50,7 @@ LABELS = {
     "grpo_control": "control after GRPO",
     "grpo": "after GRPO",
 }
-_PHRASES = {"base": "the model before", "clean_control": "the clean control"}
+_PHRASES = {"base": "the model before", "clean_control": "the clean control", "sft": "the model after fine-tuning"}
 # Colours of the figures, replaced by the page's own so that they follow light and dark.
 _INK, _RULE, _SERIES = "#010203", "#040506", ("#070809", "#0a0b0c", "#0d0e0f", "#101112")
 _STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
@@ -207,13 +208,15 @@ def render(page: Page) -> str:
     evaluations = [row for row in metrics["evaluations"] if row["temperature"] == page.temperature]
     main = [row for row in evaluations if row["mode"] == mode_of[row["round"]]]
     now = [row for row in main if row["round"] == last]
+    models = list(dict.fromkeys(row["model"] for row in now))
     families = [group for group in dict.fromkeys(row["group"] for row in now) if group not in KINDS]
     compared = [one for one in metrics["comparisons"] if one["round"] == last]
     comparisons = [one for one in compared if one["temperature"] == page.temperature]
     return environment.get_template("report.html.j2").render(
         page=page,
         last=last,
-        models=list(dict.fromkeys(row["model"] for row in now)),
+        models=models,
+        trained=next((name for name in TRAINED if name in models), "sft"),
         probed=list(dict.fromkeys(row["model"] for row in metrics["probes"] if row["round"] == last)),
         kinds=list(KINDS),
         splits=[split for split in ("test", "ood") if any(row["split"] == split for row in now)],

@@ -47,7 +47,7 @@ UNDO = 99
 STEP = UndoRule(UNDO, "step", frozenset({0}))
 TOKEN = UndoRule(UNDO, "token")
 FAMILIES = {"chain": False, "shop": False, "boxes": True, "legs": True}
-RATES = {"base": 0.6, "clean_control": 0.72, "sft": 0.85}
+RATES = {"base": 0.6, "clean_control": 0.72, "sft": 0.85, "grpo": 0.9}
 
 
 def evaluated(
@@ -273,6 +273,14 @@ class TestPage:
         assert "the clean control on" not in html
         parsed(html)
 
+    def test_the_model_that_a_round_ends_with_leads(self) -> None:
+        models = ("base", "clean_control", "sft", "grpo")
+        html = render(page(evaluated(models), probed(("base", "sft"))))
+        parsed(html)
+        right = [row.correct for row in evaluated(models) if (row.model, row.mode, row.split) == ("grpo", "rewind", "test")]
+        assert f"grpo is right on {percent(sum(right) / len(right))} of 80" in html and "Gained: wrong there, right in grpo" in html
+        assert ">grpo against<" in html and "Rollouts of grpo" in html and ">the model after fine-tuning<" in html
+
     def test_nothing_measured_is_a_dash(self) -> None:
         rows = [row for row in evaluated() if row.split != "dev"]
         html = render(page(rows, []))
@@ -461,7 +469,7 @@ class TestStage:
         assert "&lt;|end|&gt;" not in html
         found = json.loads((folder / "out" / "metrics.json").read_text())
         assert found["run"] == "tiny" and found["rounds"] == [{"round": 1, "accepted": True, "mode": "rewind"}]
-        assert {row["model"] for row in found["evaluations"]} == set(RATES)
+        assert {row["model"] for row in found["evaluations"]} == {"base", "clean_control", "sft"}
         assert found["counts"]["problems"] == {"train": 2, "dev": 2, "test": 2}
 
     def test_the_card_says_what_was_trained_on_what_and_how_it_did(self, written: tuple[Path, dict[str, int]]) -> None:
