@@ -27,7 +27,7 @@ class PrmSettings(Section):
         "judge", description="What steps are labelled by: the judge (right so far), search (share of right ends below), or both."
     )
     every_token: bool = Field(
-        True, description="Labels by the judge: train at every token, not at the ends of steps alone, where values are read."
+        False, description="Labels by the judge: train at every token, not at the ends of steps alone, where values are read."
     )
     backbone: Literal["sft", "start"] = Field("sft", description="Model it begins as: the fine-tuned one, or the round's start.")
     rows: int = Field(16, ge=1, le=4096, description="Packed rows in one step.")
