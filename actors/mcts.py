@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from bisect import insort
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +24,8 @@ Ids = tuple[int, ...]
 Top = Sequence[Sequence[tuple[int, float]]]
 Ending = Literal["stop", "length", "open"]
 """A finished solution, one that is as long as it may be, or a state that may go on."""
+_PLACE, _TOKEN = 18, 21  # bits of a place in a step and of a token id
+_ANEW = -1  # a way without given ids
 _LEAST = 1e-12  # of a prior: branches of no probability still have an order
 
 
@@ -73,7 +75,7 @@ class Node:
 
     __slots__ = (
         "best", "children", "depth", "ends", "ids", "length", "open", "parent", "pending", "prior", "rest", "right", "rights",
-        "state", "total", "undo_prior", "undone", "visits",
+        "state", "total", "undo_prior", "undone", "visits", "ways",
     )  # fmt: skip
 
     def __init__(self, parent: int, ids: Ids, prior: float, depth: int, length: int) -> None:
@@ -83,8 +85,10 @@ class Node:
         self.prior = prior
         """P(this step | the parent's state)."""
         self.children: list[int] = []
-        self.open: list[tuple[float, Ids]] = []
-        """What can be tried here: (probability, first ids of the step), the most probable last. What was tried is not in it."""
+        self.open: array[float] | None = None
+        """Probabilities of what can be tried here, the largest last. What was tried is not in it. None saves memory."""
+        self.ways: array[int] | None = None
+        """For each of them the first ids of its step, see `Tree.lead`."""
         self.rest = 0.0
         """Probability, given this state, of ways that were not tried yet."""
         self.visits = 0
@@ -182,7 +186,7 @@ class Tree:
             value = self.value(at)
             best_score, best_child = -math.inf, -2
             if node.open:
-                best_score, best_child = value + explore * node.open[-1][0], -1
+                best_score, best_child = value + explore * node.open[-1], -1
             for child in node.children:
                 other = nodes[child]
                 if other.rest > 0 and child not in left:
@@ -209,7 +213,8 @@ class Tree:
 
     def _take(self, at: int) -> Wanted:
         node, number = self.nodes[at], self._asked
-        prior, lead = node.open.pop()
+        assert node.open is not None and node.ways is not None
+        prior, lead = node.open.pop(), self.lead(node.ways.pop())
         self._asked += 1
         self._waiting[number] = at
         for above in self.path(at):
@@ -239,9 +244,10 @@ class Tree:
         how, words = self._how, self._words
         self.tokens += len(made.ids) + (1 if wanted.lead else 0)  # the lead's last id is as good as generated
         cut = next((at for at, token in enumerate(made.ids) if token == words.undo), len(made.ids))
-        cut = min(cut, how.max_tokens - len(wanted.ids))
+        room = how.max_tokens - len(wanted.ids)
+        cut = min(cut, room)
         ids = wanted.lead + made.ids[:cut]
-        taken_back = cut < len(made.ids) and made.ids[cut] == words.undo
+        taken_back = cut < min(len(made.ids), room) and made.ids[cut] == words.undo
         given = len(wanted.lead)
         logprobs = (0.0,) * (given - 1) + (wanted.logprob,) * (given > 0) + (made.logprobs[:cut] or (0.0,) * cut)
         at, begin, passed = wanted.node, 0, []
@@ -328,6 +334,15 @@ class Tree:
         """The ids of the state."""
         return tuple(token for node in self.path(at) for token in self.nodes[node].ids)
 
+    def lead(self, way: int) -> Ids:
+        """First ids of a step that was not tried: those of a tried step up to a place, and another id there. Packed into one
+        number, since a tree has thousands of them."""
+        if way == _ANEW:
+            return ()
+        token, place = way & (1 << _TOKEN) - 1, way >> _TOKEN & (1 << _PLACE) - 1
+        beside = way >> _TOKEN + _PLACE
+        return (*self.nodes[beside].ids[:place], token)
+
     def valued(self, at: int) -> bool:
         """Whether the process reward model has valued the state."""
         return self.nodes[at].state == self.nodes[at].state
@@ -388,7 +403,8 @@ class Tree:
         if not grown or node.depth >= how.depth or node.length >= how.max_tokens:
             return
         times = how.k if how.expand == "samples" else 1
-        node.open = [(1.0 / times, ())] * times if not node.children and not node.open else node.open
+        if not node.children and not node.open:
+            node.open, node.ways = array("d", [1.0 / times] * times), array("q", [_ANEW] * times)
 
     def _branch(self, at: int, child: int, ids: Ids, logprobs: Sequence[float], top: Top, given: int) -> None:
         """Alternatives to the ids of one step, and P(U) on the way.
@@ -401,6 +417,7 @@ class Tree:
         given = max(given, 0)
         reached = sum(logprobs[:given])
         barred = node.depth >= how.depth
+        found: list[tuple[float, int]] = []
         for place, likely in enumerate(top, start=given):
             chosen = ids[place] if place < len(ids) else words.undo
             for token, logprob in likely:
@@ -410,16 +427,20 @@ class Tree:
                 elif (
                     token != chosen and token not in words.forbidden and not barred and math.exp(logprob) >= max(how.floor, _LEAST)
                 ):
-                    insort(node.open, (math.exp(max(reached + logprob, math.log(_LEAST))), (*ids[:place], token)))
+                    found.append(
+                        (math.exp(max(reached + logprob, math.log(_LEAST))), (max(child, 0) << _PLACE | place) << _TOKEN | token)
+                    )
             if place < len(logprobs):
                 reached += logprobs[place]
-        del node.open[: max(0, len(node.open) - how.k)]
+        if found:
+            ranked = sorted([*zip(node.open or (), node.ways or (), strict=True), *found])[-how.k :]
+            node.open, node.ways = array("d", [prior for prior, _ in ranked]), array("q", [way for _, way in ranked])
 
     def _recount(self, at: int) -> None:
         """Bring `rest` up to date from a node to the root."""
         while at >= 0:
             node = self.nodes[at]
-            rest = sum(prior for prior, _ in node.open)
+            rest = sum(node.open or ())
             for child in node.children:
                 rest += self.nodes[child].prior * self.nodes[child].rest
             node.rest = min(rest, 1.0)

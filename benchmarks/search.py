@@ -11,13 +11,13 @@ memory with scripted completions. Prints tables and one JSON line.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
 import sys
 import tempfile
 import time
-import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -230,13 +230,18 @@ def throughput(kit: Kit, pool: Sequence[Problem], quick: bool) -> dict[str, floa
 def memory(trees: int, simulations: int = 64) -> dict[str, float]:
     """GiB of open trees of a typical size, scaled to 10,000: 64 simulations of 5 lines of 12 ids."""
     words, how = Vocabulary(frozenset({0}), 1, 2), SearchSettings(simulations=simulations + 1, after_right=10_000, max_tokens=160)
-    tracemalloc.start()
-    grown = [grow(Tree(tuple(range(3, 63)), how, words, seed), simulations, seed) for seed in range(trees // 10)]
-    bytes_each = tracemalloc.get_traced_memory()[0] / len(grown)
-    tracemalloc.stop()
-    gib, nodes = 10_000 * bytes_each / 2**30, sum(len(tree.nodes) for tree in grown) / len(grown)
+    before = resident()
+    grown = [grow(Tree(tuple(range(3, 63)), how, words, seed), simulations, seed) for seed in range(trees // 40)]
+    gib = 10_000 * (resident() - before) / len(grown) / 2**30
+    nodes = sum(len(tree.nodes) for tree in grown) / len(grown)
     print(f"10,000 open trees of {simulations} simulations, {nodes:.0f} nodes each: {gib:.2f} GiB (measured on {len(grown)})")
     return {"gib_10000_trees": gib, "nodes_per_tree": nodes}
+
+
+def resident() -> int:
+    """Bytes of main memory that this process holds."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def grow(tree: Tree, simulations: int, seed: int) -> Tree:

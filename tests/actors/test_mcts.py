@@ -82,7 +82,7 @@ def test_what_is_left_untried_is_counted_right(how: dict[str, Any], seed: int, p
 
     def slow(at: int) -> float:
         node = tree.nodes[at]
-        return min(1.0, sum(prior for prior, _ in node.open) + sum(tree.nodes[c].prior * slow(c) for c in node.children))
+        return min(1.0, sum(node.open or ()) + sum(tree.nodes[c].prior * slow(c) for c in node.children))
 
     for at in range(len(tree.nodes)):
         assert tree.nodes[at].rest == pytest.approx(slow(at))
@@ -207,7 +207,7 @@ def test_the_models_undo_ends_a_way_and_counts() -> None:
     assert tree.settle(wanted, nodes[-1], None) == 0.0
     behind = tree.nodes[nodes[-1]]
     assert behind.undone == 1 and behind.right == -1 and math.log(behind.undo_prior) == pytest.approx(-0.2)
-    assert [lead for _, lead in behind.open] == [(5,)] and [lead for _, lead in tree.nodes[0].open] == [(4,)]
+    assert [[tree.lead(way) for way in node.ways or ()] for node in (behind, tree.nodes[0])] == [[(5,)], [(4,)]]
 
 
 def test_undo_is_chosen_where_the_policy_asks_for_it_and_never_in_circles() -> None:
