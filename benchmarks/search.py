@@ -142,7 +142,7 @@ def curves(kit: Kit, pool: Sequence[Problem], count: int, samples: int) -> dict[
         "curves": {name: [round(one, 4) for one in values] for name, values in sides.items()},
         "by_simulations": by_count,
         "token_ratios": ratios,
-        "token_ratio": min((one for name, one in ratios.items() if one and "75%" in name), default=0.0),
+        "token_ratio": min((one for name, one in ratios.items() if one and "50%" in name), default=0.0),
     }
 
 

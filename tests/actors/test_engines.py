@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,21 @@ def test_an_engine_decodes_with_the_weights_it_was_given_last(vllm: Engine, fold
         fresh = HfDecoder.from_folder(folder, 8, 128).decode(wanted, how)
         assert [one.ids for one in hf.decode(wanted, how)] == [one.ids for one in fresh]
         assert [one.ids for one in vllm.decode(wanted, how)] == [one.ids for one in fresh]
+
+
+def test_the_most_probable_ids_of_each_place_and_other_stops(vllm: Engine, hf: Engine, folders: tuple[Path, Path]) -> None:
+    greedy = plain(folders[0], GREEDY)
+    stop = greedy[0].token_ids[3]
+    how = replace(GREEDY, top=3, also_stop=(stop,), logprobs=False)
+    model = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32).eval()
+    for engine in (hf, vllm):
+        for prompt, whole, one in zip(PROMPTS, greedy, engine.generate(requests(), how), strict=True):
+            end = min((whole.token_ids.index(token) + 1 for token in (stop, STOP) if token in whole.token_ids), default=24)
+            assert one.token_ids == whole.token_ids[:end] and one.logprobs == () and len(one.top) == end
+            assert one.finish == ("stop" if one.token_ids[-1] in (stop, STOP) else "length")
+            with torch.inference_mode():
+                logprobs = model(input_ids=torch.tensor([prompt + one.token_ids])).logits[0].log_softmax(-1)
+            for place, named in enumerate(one.top):
+                best = logprobs[len(prompt) - 1 + place].topk(3)
+                assert named[0][0] == one.token_ids[place]
+                assert [value for _, value in named] == pytest.approx(best.values.tolist(), abs=1e-4)
