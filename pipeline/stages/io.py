@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, load_from_disk
+from datasets import Dataset, DatasetInfo, Features, load_from_disk
 from transformers import AutoConfig, AutoTokenizer
 
 from pipeline.backtrack.cursor import Decoding, Mode, Signal
@@ -29,6 +29,10 @@ def write_rows(rows: Sequence[dict[str, Any]], features: Features, folder: Path)
 
 
 def read_rows(folder: Path) -> Dataset:
+    """A Dataset that `write_rows` has saved."""
+    if not json.loads((folder / "state.json").read_text())["_data_files"]:  # load_from_disk cannot read one without rows
+        features = DatasetInfo.from_directory(str(folder)).features
+        return Dataset.from_dict({name: [] for name in features}, features=features)
     return load_from_disk(str(folder))
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from datasets import Features, List, Value
 
 from actors.learner import Curve
 from actors.packing import TrainingSet
@@ -18,7 +19,7 @@ from pipeline.config import ScratchModel, Settings, UndoSettings
 from pipeline.stages import sft
 from pipeline.stages.base import new_model, train_tokenizer
 from pipeline.stages.graph import MODEL, NAMES, STAGES
-from pipeline.stages.io import Codec, Text, write_rows
+from pipeline.stages.io import Codec, Text, read_rows, write_rows
 from pipeline.stages.problems import FEATURES as PROBLEMS
 from pipeline.stages.rollouts import context_length, within_context
 from pipeline.stages.stage import StageError
@@ -153,6 +154,14 @@ def test_traces_are_taught_as_the_settings_say(tmp_path: Path, with_undo: Path, 
     assert len(control.traces) == counts["control_rows"] == 3
     assert control.targets == Targets() and control.form == Form() and control.most_undos is None
     assert {role for trace in control.traces for role in trace.roles} == {Role.PROMPT, Role.CORRECTION}
+
+
+@pytest.mark.parametrize("rows", [[], [{"a": "x", "b": [1, 2]}]], ids=["none", "one"])
+def test_rows_come_back_as_they_were_written(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    features = Features({"a": Value("string"), "b": List(Value("int32"))})
+    write_rows(rows, features, tmp_path / "rows")
+    found = read_rows(tmp_path / "rows")
+    assert list(found) == rows and found.features == features
 
 
 def test_the_first_token_of_a_character() -> None:
