@@ -27,6 +27,7 @@ from pipeline.backtrack.undo import apply_undo
 from pipeline.config import Settings, UndoSettings
 from pipeline.dpo_config import DpoSettings
 from pipeline.grpo_config import GrpoSettings
+from pipeline.search_config import SearchSettings
 from pipeline.stages import dpo
 from pipeline.stages.evaluate import _models
 from pipeline.stages.graph import steps, trained_stage
@@ -70,9 +71,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found | {"model": found["sft"], "rollouts": folder / "rollouts", "judge": folder / "judge"}
 
 
+SEARCHED = SearchSettings(problems=1, model="sft")
+
+
 def settings_of(**asked: Any) -> Settings:
     given = {"steps": 3, "batch": 4, "check_every": 2, "check_pairs": 4, "checkpoint_every": 1, "lr": 1e-3, "probes": 0}
-    return Settings(dpo=DpoSettings(**given | asked))
+    return Settings(dpo=DpoSettings(**given | asked), search=SEARCHED)
 
 
 class Killed(BaseException):
@@ -261,11 +265,11 @@ def test_the_stage_stands_between_sft_and_grpo() -> None:
 
     assert "dpo" not in names(Settings()) and trained_stage(Settings()) == "sft"
     preferring = settings_of()
-    assert names(preferring)[-3:] == ["sft", "dpo", "evaluate"] and trained_stage(preferring) == "dpo"
+    assert names(preferring)[-4:] == ["sft", "search", "dpo", "evaluate"] and trained_stage(preferring) == "dpo"
     assert {"rollouts", "judge", "sft"} <= read(preferring, "dpo") and "dpo" in read(preferring, "evaluate")
     assert "dpo-1" in read(preferring, "report")
-    both = Settings(dpo=DpoSettings(steps=1, pairs="both"), grpo=GrpoSettings(steps=1))
-    assert names(both)[-4:] == ["sft", "dpo", "grpo", "evaluate"] and trained_stage(both) == "grpo"
+    both = Settings(dpo=DpoSettings(steps=1, pairs="both"), grpo=GrpoSettings(steps=1), search=SEARCHED)
+    assert names(both)[-5:] == ["sft", "search", "dpo", "grpo", "evaluate"] and trained_stage(both) == "grpo"
     assert "dpo" in read(both, "grpo") and {"search", "rollouts"} <= read(both, "dpo")
     search = settings_of(pairs="search")
     assert "search" in read(search, "dpo") and not {"rollouts", "judge"} & read(search, "dpo")

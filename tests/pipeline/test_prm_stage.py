@@ -327,7 +327,7 @@ def test_the_graph_reads_what_the_settings_ask_for() -> None:
         return {stage.name: [one.name for one in stage.inputs(1)] for _, stage in steps(Settings.model_validate(more))}
 
     assert "prm" not in inputs_of()
-    found = inputs_of(prm={"steps": 5, "labels": "both"}, grpo={"steps": 5})
+    found = inputs_of(prm={"steps": 5, "labels": "both"}, grpo={"steps": 5}, search={"problems": 1})
     assert "search" in found["prm"] and "prm" in found["evaluate"] and "prm" not in found["grpo"]
     assert list(found).index("sft") < list(found).index("prm") < list(found).index("grpo")
     assert "prm" in inputs_of(prm={"steps": 5}, grpo={"steps": 5, "reward": {"process_model": True}})["grpo"]
