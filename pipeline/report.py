@@ -50,7 +50,13 @@ LABELS = {
     "grpo_control": "control after GRPO",
     "grpo": "after GRPO",
 }
-_PHRASES = {"base": "the model before", "clean_control": "the clean control", "sft": "the model after fine-tuning"}
+_PHRASES = {
+    "base": "the model before",
+    "clean_control": "the clean control",
+    "sft": "the model after fine-tuning",
+    "dpo": "the model after preferences",
+    "grpo_control": "the control after GRPO",
+}
 # Colours of the figures, replaced by the page's own so that they follow light and dark.
 _INK, _RULE, _SERIES = "#010203", "#040506", ("#070809", "#0a0b0c", "#0d0e0f", "#101112")
 _STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
