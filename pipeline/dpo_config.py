@@ -24,8 +24,10 @@ class DpoSettings(Section):
     beta: float = Field(0.1, gt=0, le=100, description="How much a change of log-probability counts as reward.")
     alpha: float = Field(0.5, ge=0, le=100, description="Loss tdpo2: weight of the difference of the sequential KL terms.")
     pairs: Literal["own", "search", "both"] = Field("own", description="Pairs of judged rollouts, of the stage search, or both.")
-    kinds: list[Literal["undo", "step"]] = Field(
-        ["undo", "step"], min_length=1, description="Undo against going on with an error; a right step against a wrong one."
+    kinds: list[Literal["undo", "step", "keep"]] = Field(
+        ["undo", "step", "keep"],
+        min_length=1,
+        description="Undo against going on with an error; a right step against a wrong one; a right way against undo.",
     )
     horizon: int | None = Field(
         None, ge=1, le=1000, description="Own pairs, kind undo: steps kept of the correction and of the error's continuation."

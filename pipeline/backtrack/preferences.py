@@ -1,7 +1,8 @@
 """Preferences: two ways to go on from the same text, one of which is better. Pure functions on token ids; no tokenizer, no model.
 
 Kind `undo`: an error taken back where it can be seen, against the same error continued. Kind `step`: a right step against a wrong
-one. The stage dpo makes pairs of judged rollouts here, search writes its own; the learners score both sides as walks.
+one. Kind `keep`: a right way gone on with, against undo; without it undo becomes likelier everywhere. The stage dpo makes pairs of
+judged rollouts here, search writes its own; the learners score both sides as walks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pipeline.backtrack.trace import Role, Trace
 from pipeline.backtrack.tree import Walk
 from pipeline.backtrack.undo import UndoRule, apply_undo
 
-Kind = Literal["undo", "step"]
+Kind = Literal["undo", "step", "keep"]
 Ids = tuple[int, ...]
 
 
@@ -128,6 +129,12 @@ def step_pair(trace: Trace, emitted: Ids, rule: UndoRule) -> Pair | None:
         return None
     right = apply_undo(trace.ids[start:], rule).surviving[len(prefix) :]
     return Pair(trace.ids[:start], prefix, _steps(right, rule, 1), _steps(emitted[len(prefix) :], rule, 1), "step")
+
+
+def keep_pair(trace: Trace, rule: UndoRule, at: int) -> Pair:
+    """The right way of a trace gone on with to the end of the step, against undo behind its first `at` tokens."""
+    right = apply_undo(trace.ids[trace.prompt_length :], rule).surviving
+    return Pair(trace.ids[: trace.prompt_length], right[:at], _steps(right[at:], rule, 1), (rule.undo_id,), "keep")
 
 
 def _places(trace: Trace) -> tuple[int, int]:

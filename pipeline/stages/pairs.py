@@ -4,15 +4,17 @@ stage dpo.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from datasets import Features, List, Value
 
-from pipeline.backtrack.preferences import Pair, step_pair, undo_pair
+from pipeline.backtrack.preferences import Kind, Pair, keep_pair, step_pair, undo_pair
+from pipeline.backtrack.undo import apply_undo
 from pipeline.config import DpoSettings, TraceSettings
 from pipeline.stages.io import Codec, read_rows
 from pipeline.stages.sources import Ids, Judged, own_errors
@@ -52,9 +54,12 @@ def own_pairs(judged: Judged, rollouts: Mapping[str, Ids], traces: TraceSettings
     for hot in (False, True):
         for one in own_errors(judged, hot, one_error, codec, seed):
             emitted = rollouts[one.rollouts[0]]
+            right = len(apply_undo(one.trace.ids[one.trace.prompt_length :], codec.rule).surviving)
+            place = random.Random(f"{seed}/keep/{one.rollouts[0]}").randrange(1, max(2, right))
             makers: dict[str, Pair | None] = {
                 "undo": undo_pair(one.trace, emitted, codec.rule, asked.horizon),
                 "step": step_pair(one.trace, emitted, codec.rule),
+                "keep": keep_pair(one.trace, codec.rule, place),
             }
             for kind in asked.kinds:
                 pair = makers[kind]
@@ -84,7 +89,7 @@ def searched_pairs(folder: Path, problems: Collection[str], asked: DpoSettings, 
         pair = _pair(row)
         if pair is None:
             found.left_out["null"] += 1
-        elif pair.kind in asked.kinds or pair.kind not in ("undo", "step"):  # a kind that nothing knows is counted as such
+        elif pair.kind in asked.kinds or pair.kind not in get_args(Kind):  # a kind that nothing knows is counted as such
             found.pairs.append((row["problem"], pair))
 
 

@@ -134,7 +134,7 @@ def test_pairs_of_judged_rollouts(inputs: dict[str, Path], tmp_path: Path) -> No
     codec = Codec(inputs["sft"], UndoSettings(), "{question}\n")
     rows = load_from_disk(tmp_path / "out" / PAIRS)
     assert rows.features == FEATURES
-    assert counts["rows"] == len(rows) == counts["kind_undo"] + counts["kind_step"] > 20
+    assert counts["rows"] == len(rows) == sum(counts[f"kind_{kind}"] for kind in ("undo", "step", "keep")) > 20
     assert 0 < counts["held_out"] == len(run.data.held_out) <= 4 and counts["steps"] == 3
     assert len(run.data.train) + len(run.data.held_out) == len(rows)
     by_id = {problem.id: problem for problem in TRAIN}
@@ -146,6 +146,8 @@ def test_pairs_of_judged_rollouts(inputs: dict[str, Path], tmp_path: Path) -> No
         if row["kind"] == "undo":
             assert judge_of(problem).correct(problem, codec.decode(way).text)
             assert codec.rule.undo_id in pair.chosen_ids and codec.decode(pair.chosen_ids[: pair.shared]).text in wrong
+        elif row["kind"] == "keep":
+            assert pair.rejected_ids == (codec.rule.undo_id,) and problem.solution.startswith(codec.decode(way).text)
         else:
             assert problem.solution.startswith(codec.decode(way).text) and not problem.solution.startswith(wrong)
     held = {pair.prompt_ids for pair in run.data.held_out}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.backtrack.preferences import Pair, flaw, step_pair, undo_pair, walks
+from pipeline.backtrack.preferences import Pair, flaw, keep_pair, step_pair, undo_pair, walks
 from pipeline.backtrack.trace import Detour, Role, WrongTry, build_trace
 from pipeline.backtrack.undo import Unit, apply_undo
 from tests.pipeline.tiny import END, VOCABULARY, U, rule
@@ -48,6 +48,14 @@ def test_a_right_step_against_a_wrong_one() -> None:
         pair = step_pair(trace, (1, END, 4, 6, 5, END, 5), rule(unit))
         assert pair == Pair(PROMPT, (1, END), (2, END), (4, 6, 5, END), "step")
         assert step_pair(trace, (1, 1, 4), rule(unit)) is None and undo_pair(trace, (1, 1, 4), rule(unit)) is None
+
+
+def test_a_right_way_gone_on_with_against_undo() -> None:
+    for unit in UNITS:
+        trace = build_trace(PROMPT, (1, END, 2, END, 0), [Detour(2, WrongTry((4, 6), (True, False)))], rule(unit))
+        assert keep_pair(trace, rule(unit), 1) == Pair(PROMPT, (1,), (END,), (U,), "keep")
+        pair = keep_pair(trace, rule(unit), 2)
+        assert pair == Pair(PROMPT, (1, END), (2, END), (U,), "keep") and flaw(pair, rule(unit), VOCABULARY) is None
 
 
 def test_only_what_differs_counts_and_never_a_wrong_decision() -> None:
