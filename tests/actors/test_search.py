@@ -18,7 +18,7 @@ from actors.mcts import Tree
 from actors.search import Case, Searcher, SearchError
 from actors.search_workers import SearchWorkers
 from pipeline.backtrack.searched import Searched
-from pipeline.config import ActorResources
+from pipeline.cluster_config import ActorResources
 from pipeline.tasks.problem import Problem
 from tests.actors.searched import LETTERS, PROMPT, WORDS, Language, grow, problem, settings
 
