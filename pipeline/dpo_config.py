@@ -33,7 +33,7 @@ class DpoSettings(Section):
         None, ge=1, le=1000, description="Own pairs, kind undo: steps kept of the correction and of the error's continuation."
     )
     margin: float = Field(0.0, ge=0, le=1, description="Least difference in value of the two sides, where it is known.")
-    lr: float = Field(1e-4, gt=0, le=1, description="Peak learning rate (AdamW); it falls to 0 in a straight line.")
+    lr: float = Field(2e-5, gt=0, le=1, description="Peak learning rate (AdamW); it falls to 0 in a straight line.")
     warmup: int = Field(5, ge=0, le=1_000_000, description="Steps of warm-up.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, le=1e6, description="Gradients longer than this are cut to it.")

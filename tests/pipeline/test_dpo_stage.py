@@ -75,7 +75,7 @@ SEARCHED = SearchSettings(problems=1, model="sft")
 
 
 def settings_of(**asked: Any) -> Settings:
-    given = {"steps": 3, "batch": 4, "check_every": 2, "check_pairs": 4, "checkpoint_every": 1, "lr": 1e-3, "probes": 0}
+    given = {"steps": 3, "batch": 4, "check_every": 2, "check_pairs": 12, "checkpoint_every": 1, "lr": 1e-3, "probes": 0}
     return Settings(dpo=DpoSettings(**given | asked), search=SEARCHED)
 
 
@@ -135,7 +135,7 @@ def test_pairs_of_judged_rollouts(inputs: dict[str, Path], tmp_path: Path) -> No
     rows = load_from_disk(tmp_path / "out" / PAIRS)
     assert rows.features == FEATURES
     assert counts["rows"] == len(rows) == sum(counts[f"kind_{kind}"] for kind in ("undo", "step", "keep")) > 20
-    assert 0 < counts["held_out"] == len(run.data.held_out) <= 4 and counts["steps"] == 3
+    assert 0 < counts["held_out"] == len(run.data.held_out) <= 12 and counts["steps"] == 3
     assert len(run.data.train) + len(run.data.held_out) == len(rows)
     by_id = {problem.id: problem for problem in TRAIN}
     for row in rows:
