@@ -146,7 +146,7 @@ def test_a_learned_score_guides_by_what_a_plain_forward_gives(way: tuple[Mode, U
         wanted = slow_decode(slow_logits("llama", torch.float64), VOCABULARY, request, decoding, doubts)
         assert replace(one, logprobs=()) == replace(wanted, logprobs=())
         assert one.logprobs == pytest.approx(wanted.logprobs, abs=1e-9)
-    with pytest.raises(ValueError, match="decode.signal.folder must name the folder of the verifier"):
+    with pytest.raises(ValueError, match=r"decode\.signal\.folder must name the folder of the verifier"):
         HfDecoder(model, 3, 64).decode(requests(), decoding)
 
 
