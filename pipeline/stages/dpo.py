@@ -25,6 +25,7 @@ from pipeline.stages.stage import Context, StageError
 from pipeline.statistics import mean
 
 _SHARE = 5  # one part in so many is held out, at most
+_RISE = 0.02  # of P(undo) in right states, from which on it is warned of
 
 Record = dict[str, Any]
 
@@ -109,19 +110,28 @@ def _split(pairs: Sequence[tuple[str, Pair]], most: int, seed: int) -> PairSet:
 
 
 def _held_out_errors(context: Context, codec: Codec, source: Path) -> Record:
-    """Own errors on dev problems before and after: P(U) at their evidence and beside them, and log p(error | prefix). That must
-    not rise: warns where it does."""
+    """Own errors on dev problems before and after: P(U) at their evidence and beside them, and log p(error | prefix). Neither
+    that nor P(U) in right states must rise: warns where one does."""
     asked = context.settings.dpo
     cases = dev_cases(context, codec, asked.probes) if asked.probes else []
     if not cases:
         return {"n": 0}
     before, after = (_asked(context, folder, cases) for folder in (source, context.out))
-    change = mean([now["logp_error"] - was["logp_error"] for was, now in zip(before, after, strict=True)], -math.inf, math.inf)
-    assert change is not None
+    changes = {
+        name: mean([now[name] - was[name] for was, now in zip(before, after, strict=True)], -math.inf, math.inf)
+        for name in ("logp_error", "p_undo_right")
+    }
+    change, undone = changes["logp_error"], changes["p_undo_right"]
+    assert change is not None and undone is not None
     if change.low is not None and change.low > 0:
         context.terminal.warn(
             f"dpo: log p(error | prefix) of {len(cases)} own errors on dev problems has risen by {change.value:.3f} nats "
             f"(95 %: {change.low:.3f} to {change.high:.3f}): the model may be planting errors"
+        )
+    if undone.low is not None and undone.low > 0 and undone.value >= _RISE:
+        context.terminal.warn(
+            f"dpo: mean P(undo) in {len(cases)} right states of dev problems has risen by {undone.value:.3f} "
+            f"(95 %: {undone.low:.3f} to {undone.high:.3f}): spurious undos may follow; lower dpo.lr"
         )
     means = {
         name: {key: math.fsum(row[key] for row in rows) / len(rows) for key in rows[0]}

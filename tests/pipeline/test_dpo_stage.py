@@ -246,12 +246,16 @@ def test_planted_errors_are_warned_of(inputs: dict[str, Path], tmp_path: Path, m
 
     def planted(context: Context, folder: Path, cases: Sequence[Case]) -> list[dict[str, float]]:
         rise = 2.0 if folder == context.out else 0.0
-        return [row | {"logp_error": row["logp_error"] + rise} for row in plain(context, folder, cases)]
+        more = {"logp_error": rise, "p_undo_right": rise / 10}
+        return [{name: value + more.get(name, 0) for name, value in row.items()} for row in plain(context, folder, cases)]
 
     monkeypatch.setattr(dpo, "_asked", planted)
     warned = Run(inputs, tmp_path / "planted", settings_of(probes=8, steps=1))
     warned.start()
     assert any("has risen by" in line and "planting errors" in line for line in warned.warnings)
+    assert any(
+        re.search(r"mean P\(undo\) in \d+ right states of dev problems has risen by 0\.[12]", line) for line in warned.warnings
+    )
     assert not any("planting" in line for line in run.warnings)
 
 
