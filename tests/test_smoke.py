@@ -140,7 +140,7 @@ def test_the_newest_accepted_model_stands_beside_the_rounds_with_its_card(finish
     assert usage["undo_token"] in tokenizer.get_vocab() and usage["threshold"] == 0.001
     assert SavedModel.load(exported, {}).settings.max_tokens == 96
     card = (exported / "README.md").read_text()
-    assert "| sft | rewind | all | 16 |" in card and "sft-1" in card
+    assert "| sft | rewind | 0 | all | 16 |" in card and "sft-1" in card
     assert ("None of 1 rounds was accepted" in card) != accepted
 
 
