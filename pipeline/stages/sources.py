@@ -250,8 +250,10 @@ def searched_errors(folder: str, problems: Mapping[str, Problem], settings: Trac
     node ends no solution)."""
     try:
         rows = read_rows(Path(folder))
-    except (OSError, ValueError, IndexError) as error:  # without rows it is an IndexError
+    except (OSError, ValueError) as error:
         raise StageError(f"traces.search_trees: no dataset in {folder}: {' '.join(str(error).split())[:200]}") from error
+    if not len(rows):
+        raise StageError(f"traces.search_trees: {folder} has no rows")
     columns = {"problem", "prompt_ids", "parent", "ids", "value", "right"}
     if missing := columns - set(rows.column_names):
         raise StageError(f"traces.search_trees: {folder} lacks the columns {', '.join(sorted(missing))}")
