@@ -6,11 +6,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from pipeline.grpo_config import LoraSettings
-from pipeline.task_config import Section
+from pipeline.grpo_config import PolicyTraining
 
 
-class DpoSettings(Section):
+class DpoSettings(PolicyTraining):
     """Learning from preferences between two ways to go on from the same text, see docs/dpo.md."""
 
     steps: int = Field(0, ge=0, le=10_000_000, description="Optimiser steps; 0 leaves the stage out.")
@@ -34,13 +33,7 @@ class DpoSettings(Section):
     )
     margin: float = Field(0.0, ge=0, le=1, description="Least difference in value of the two sides, where it is known.")
     lr: float = Field(2e-5, gt=0, le=1, description="Peak learning rate (AdamW); it falls to 0 in a straight line.")
-    warmup: int = Field(5, ge=0, le=1_000_000, description="Steps of warm-up.")
-    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW weight decay.")
-    max_grad_norm: float = Field(1.0, gt=0, le=1e6, description="Gradients longer than this are cut to it.")
-    trainable: Literal["all", "undo_row", "lora"] = Field("all", description="Which weights are trained.")
-    lora: LoraSettings = Field(LoraSettings(), description="For trainable: lora.")
     row_tokens: int = Field(512, ge=32, le=131_072, description="Tokens of a packed row; longer pairs are left out.")
-    rows: int = Field(8, ge=1, le=4096, description="Packed rows in one forward and backward pass.")
     check_every: int = Field(25, ge=1, description="Steps between two measurements on pairs that are held out.")
     check_pairs: int = Field(128, ge=0, le=100_000, description="Pairs held out by problem, a fifth of all at most.")
     probes: int = Field(200, ge=0, le=100_000, description="Dev problems on which own errors are sampled, to warn of planted ones.")

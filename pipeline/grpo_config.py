@@ -15,7 +15,18 @@ class LoraSettings(Section):
     alpha: float = Field(32.0, gt=0, le=4096, description="Scale of the adapters, divided by the rank.")
 
 
-class GrpoSettings(Section):
+class PolicyTraining(Section):
+    """How a policy is trained on its trees, by whichever loss."""
+
+    warmup: int = Field(5, ge=0, le=1_000_000, description="Steps of warm-up.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, le=1e6, description="Gradients longer than this are cut to it.")
+    trainable: Literal["all", "undo_row", "lora"] = Field("all", description="Which weights are trained.")
+    lora: LoraSettings = Field(LoraSettings(), description="For trainable: lora.")
+    rows: int = Field(8, ge=1, le=4096, description="Packed rows in one forward and backward pass.")
+
+
+class GrpoSettings(PolicyTraining):
     """Reinforcement learning of when to undo, see docs/grpo.md."""
 
     steps: int = Field(0, ge=0, le=10_000_000, description="Optimiser steps; 0 leaves the stage out.")
@@ -26,9 +37,6 @@ class GrpoSettings(Section):
         "auto", description="What rolls out; auto takes transformers for models of less than 20M parameters on CPUs."
     )
     lr: float = Field(1e-4, gt=0, le=1, description="Peak learning rate (AdamW); it falls to 0 in a straight line.")
-    warmup: int = Field(5, ge=0, le=1_000_000, description="Steps of warm-up.")
-    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW weight decay.")
-    max_grad_norm: float = Field(1.0, gt=0, le=1e6, description="Gradients longer than this are cut to it.")
     updates: int = Field(1, ge=1, le=64, description="Optimiser steps on the same rollouts.")
     loss: Literal["grpo", "dr_grpo", "dapo"] = Field(
         "dapo", description="Mean over tokens within each rollout, sum over a constant length, or mean over all tokens."
@@ -62,10 +70,7 @@ class GrpoSettings(Section):
     refill: int = Field(0, ge=0, le=16, description="Times that groups without spread are replaced by other problems in a step.")
     empty_steps: int = Field(10, ge=1, le=1000, description="Steps in a row without any spread at which the stage stops.")
     staleness: int = Field(0, ge=0, le=16, description="Steps by which rollouts may be older than the model; they run beside it.")
-    trainable: Literal["all", "undo_row", "lora"] = Field("all", description="Which weights are trained.")
-    lora: LoraSettings = Field(LoraSettings(), description="For trainable: lora.")
     row_tokens: int = Field(1024, ge=32, le=131_072, description="Tokens of a packed row.")
-    rows: int = Field(8, ge=1, le=4096, description="Packed rows in one forward and backward pass.")
     check_every: int = Field(20, ge=1, description="Steps between two measurements on dev problems, greedy, with undo and without.")
     check_problems: int = Field(150, ge=4, le=100_000, description="Dev problems in such a measurement.")
     checkpoint_every: int = Field(10, ge=1, description="Steps between checkpoints, from which a killed run goes on.")
