@@ -438,6 +438,10 @@ class Settings(Section):
     def _search_has_trees(self) -> Self:
         if self.traces.mix.search and self.traces.search_trees is None and not self.search.problems:
             raise ValueError("traces.mix.search needs search.problems, or traces.search_trees, a folder with search trees")
+        if self.search.problems and self.search.rollout == "step":
+            raise ValueError(
+                "search.rollout: step needs values of states, which the stage does not have: only Python callers give them"
+            )
         for key, asked in (("prm.labels", self.prm.steps and self.prm.labels), ("dpo.pairs", self.dpo.steps and self.dpo.pairs)):
             if asked in ("search", "both") and not self.search.problems:
                 raise ValueError(f"{key} is {asked}, which needs the stage search: set search.problems")

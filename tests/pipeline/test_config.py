@@ -93,6 +93,11 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
             "settings of several sections (set in FILE): grpo.reward.process_model needs the stage prm: set prm.steps",
         ),
         ("evaluate: {also_at: [1.0, 0.0]}", [], "evaluate (set in FILE): also_at must name other temperatures than 0, each once"),
+        (
+            "search: {problems: 5, rollout: step}",
+            [],
+            "settings of several sections (set in FILE): search.rollout: step needs values of states, which the stage does not have",
+        ),
         ("grpo: {loss: dr_grpo}", [], "grpo (set in FILE): loss dr_grpo needs scale: none, is group"),
         ("grpo: {refill: 1, staleness: 1}", [], "grpo (set in FILE): refill needs staleness 0, is 1"),
         # wrong types
