@@ -96,7 +96,7 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
         (
             "search: {problems: 5, rollout: step}",
             [],
-            "settings of several sections (set in FILE): search.rollout: step needs values of states, which the stage does not have",
+            "settings of several sections (set in FILE): search.rollout: step needs values of states, which the stage",
         ),
         ("grpo: {loss: dr_grpo}", [], "grpo (set in FILE): loss dr_grpo needs scale: none, is group"),
         ("grpo: {refill: 1, staleness: 1}", [], "grpo (set in FILE): refill needs staleness 0, is 1"),
