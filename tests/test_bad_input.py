@@ -114,3 +114,13 @@ def test_a_reward_of_ones_own_is_missed_before_any_stage(tmp_path: Path, capsys:
     assert main(["--config", "smoke", f"run.root={tmp_path / 'runs'}", *wanted]) == 2
     assert "grpo.reward.custom.mine: cannot import no_such_module_at_all:f: ModuleNotFoundError" in one_line(capsys)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_full_disk_is_told_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.cli.LEAST_FREE", 1 << 62)
+    assert main(["--config", "smoke", f"run.root={tmp_path}"]) == 1
+    error = one_line(capsys)
+    assert f"the disk of {tmp_path / 'smoke'} is full: " in error and f"{1 << 62:,} are needed" in error
+    assert list((tmp_path / "smoke").iterdir()) == []
