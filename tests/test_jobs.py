@@ -71,14 +71,6 @@ def test_a_job_is_stopped_leaves_no_actor_and_is_continued(cluster: dict[str, st
     assert [file for file in tmp_path.rglob("*") if file.is_file() and token.encode() in file.read_bytes()] == []
 
 
-def test_an_upload_over_the_limit_is_refused_with_what_to_do(cluster: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "large.bin").write_bytes(os.urandom(3 << 20))
-    limited = {**cluster, "RAY_max_grpc_message_size": str(2 << 20)}
-    command = ["ray", "job", "submit", "--address", ADDRESS, "--working-dir", str(tmp_path), "--", "true"]
-    said = call(limited, *command, check=False)
-    assert "exceeds the maximum size of" in said and ".rayignore" in said
-
-
 def test_the_upload_of_this_checkout_is_small(tmp_path: Path) -> None:
     """What git does not keep is not sent either: runs, environments and caches."""
     for folder in ("runs", ".venv", ".git", "build", "pipeline"):
