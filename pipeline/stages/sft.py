@@ -31,7 +31,11 @@ def run(context: Context) -> None:
     if not traces:
         raise StageError("sft: the traces stage left no rows")
     codec = Codec(context.inputs["model"], settings.undo, settings.base.prompt)
-    checked = held_out(settings.sft, dev_cases(context, codec, settings.sft.checks.problems)) if settings.sft.checks.every else None
+    checked = None
+    if settings.sft.checks.every and (settings.sft.fsdp is not None or settings.sft.deepspeed is not None):
+        context.terminal.warn("sft: no process sees the whole of a sharded model, so sft.checks has no effect")
+    elif settings.sft.checks.every:
+        checked = held_out(settings.sft, dev_cases(context, codec, settings.sft.checks.problems))
     data = training_set(traces, codec.rule, settings.sft)
     kept = context.resume / "sft"
     curve = train(context, "sft", data, context.out, settings.sft, settings.run.seed, kept, checked)
