@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors.checks import HeldOut, alarms
+from actors.checks import HeldOut, alarms, said
 from actors.learner import Curve
 from actors.packing import TrainingSet
 from actors.workers import curve_json
@@ -89,10 +89,15 @@ def train(
 ) -> Curve:
     """Train the start model on the set, with progress, and warn of what the checks find."""
     told: list[str] = []
+    logged: list[str] = []
     with context.terminal.stage(name, settings.steps, "steps") as progress:
 
         def show(curve: Curve) -> None:
             progress.update(curve.step, f"loss {curve.losses[-1][1]:.3f}" if curve.losses else "")
+            checks = said(curve.probes)
+            for line in checks[len(logged) :]:
+                context.terminal.info(f"{name}: {line}")
+            logged[:] = checks
             lines = alarms(curve.probes, curve.right_states, context.settings.decode.threshold)
             for line in lines[len(told) :]:
                 context.terminal.warn(f"{name}: {line}")
