@@ -92,9 +92,10 @@ def train(
     logged: list[str] = []
     with context.terminal.stage(name, settings.steps, "steps") as progress:
 
-        def show(curve: Curve) -> None:
+        def show(curve: Curve, ended: bool = False) -> None:
             progress.update(curve.step, f"loss {curve.losses[-1][1]:.3f}" if curve.losses else "")
-            checks = said(curve.probes)
+            # While it runs, a check of the step that it stands at may be under way.
+            checks = said([one for one in curve.probes if ended or one.step < curve.step])
             for line in checks[len(logged) :]:
                 context.terminal.info(f"{name}: {line}")
             logged[:] = checks
@@ -104,7 +105,7 @@ def train(
             told[:] = lines
 
         curve = context.workers.fit(start(context), target, data, settings, seed, show, resume=resume, held_out=checked)
-        show(curve)
+        show(curve, ended=True)
     if curve.left_out:
         context.terminal.warn(
             f"{name}: {curve.left_out} of {len(data.traces)} rows are longer than sft.row_tokens and were left out"

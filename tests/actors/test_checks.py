@@ -274,3 +274,10 @@ def test_every_check_is_a_line() -> None:
         "step 300: P(undo | own error) 0.500, log p(error) -2.250",
     ]
     assert said([one for one in probes if one.group == "batch"]) == said([]) == []
+
+
+def test_alarms_of_a_check_that_is_under_way() -> None:
+    """The driver polls a training, which may stand between its states and their means."""
+    probes = [Measured(step, "all", "p_undo_right", value, 0.0, 1.0, 2) for step, value in ((0, 0.0), (50, 0.9))]
+    states = [(0, (0.0, 0.0)), (50, (0.9, 0.9)), (100, (0.9, 0.9))]
+    assert alarms(probes, states, 0.7) == alarms(probes, states[:2], 0.7) != []
