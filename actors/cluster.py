@@ -20,6 +20,10 @@ class ClusterError(RuntimeError):
     """The cluster cannot run what is asked for, or an actor died. One line."""
 
 
+class LearnerDied(ClusterError):
+    """A process that trains is gone; what it had not saved with it. One line."""
+
+
 def one_line(error: BaseException | None) -> str:
     return " ".join(str(error).split())[:400]
 

@@ -1,4 +1,4 @@
-"""Work cut into parts that are done again when they fail, and the rows that fail every time: pure, knows no Ray.
+"""Work cut into parts that are done again when they fail, and the rows that fail every time: asks nobody.
 
 The rollout pool, the search workers and the judge hand out parts; what to do with a row that nothing can be made of, stages decide.
 """
@@ -13,12 +13,16 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from math import ceil, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from actors.cluster import ClusterError
+
+T = TypeVar("T")
 
 _WHOLE_TRIES = 2  # of a part with several rows, before it is cut: a process that dies by chance is not the fault of a row
 
 
-class TooManyQuarantined(RuntimeError):
+class TooManyQuarantined(ClusterError):
     """More rows failed every time than `cluster.quarantine` allows. One line."""
 
 
@@ -107,3 +111,16 @@ class Quarantine:
                 f"{self.rows} rows failed {one.tries} times each (cluster.row_tries), more than cluster.quarantine={self._most}; "
                 f"the last one, in {what}: {one.why}; tracebacks are in {self._file}"
             )
+
+
+def all_there(rows: Iterable[T | Quarantined]) -> list[T]:
+    """
+    Raises:
+        ClusterError: a row could not be done.
+    """
+    found: list[T] = []
+    for row in rows:
+        if isinstance(row, Quarantined):
+            raise ClusterError(f"row {len(found) + 1} failed {row.tries} times (cluster.row_tries): {row.why}")
+        found.append(row)
+    return found

@@ -114,7 +114,8 @@ class RolloutPool:
         self._folder, self._folder_version, self._version = folder, version, version
         self._published: ray.ObjectRef[Weights] | None = None  # where they have taken the place of the folder's
         self._held: Weights | None = None
-        self._restarts = restarts or Restarts(settings.cluster.restarts, say)
+        self._restarts: Restarts | None = restarts or Restarts(settings.cluster.restarts, say)
+        self._pings: dict[Any, Any] = {}
         self.new_stage()
         self._started = 0
         self._heard: set[Any] = set()  # actors that have answered before
@@ -134,6 +135,11 @@ class RolloutPool:
         if self._published is not None:
             actor.set_weights.remote(self._published, self._version)
         return actor
+
+    @property
+    def version(self) -> str:
+        """Of the weights of now."""
+        return self._version
 
     def new_stage(self) -> None:
         """Rows that cannot be done are counted anew."""
@@ -159,36 +165,21 @@ class RolloutPool:
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, batch: int, on_rows: OnRows = _silent
-    ) -> tuple[list[Completion], str]:
-        """All completions in the order of the requests, and the version of the weights that made them.
+    ) -> tuple[list[Completion | Quarantined], str]:
+        """All completions in the order of the requests, and the version of the weights that made them. A row that failed every
+        time has a Quarantined in its place; whoever cannot do without it asks `all_there`.
 
         Args:
             batch: requests handed to an actor at a time.
             on_rows: called with the rows and tokens of each batch that comes back.
 
         Raises:
-            ClusterError: every actor died, or one answered with other weights or fewer rows than asked for, or a row failed
-                every time it was tried.
-        """
-        return _all_there(self.generate_some(requests, sampling, batch, on_rows))
-
-    def decode(
-        self, requests: Sequence[DecodeRequest], decoding: Decoding, batch: int, on_rows: OnRows = _silent
-    ) -> tuple[list[Decoded], str]:
-        """The same for decoding with undo."""
-        return _all_there(self.decode_some(requests, decoding, batch, on_rows))
-
-    def generate_some(
-        self, requests: Sequence[Request], sampling: Sampling, batch: int, on_rows: OnRows = _silent
-    ) -> tuple[list[Completion | Quarantined], str]:
-        """The same for those who can do without a row: one that failed every time has a Quarantined in its place.
-
-        Raises:
-            TooManyQuarantined: more of them than cluster.quarantine in one stage.
+            ClusterError: every actor died, or one answered with other weights or fewer rows than asked for.
+            TooManyQuarantined: more than cluster.quarantine rows in one stage.
         """
         return self._collected("generate", requests, sampling, batch, lambda one: len(one.token_ids), on_rows), self._version
 
-    def decode_some(
+    def decode(
         self, requests: Sequence[DecodeRequest], decoding: Decoding, batch: int, on_rows: OnRows = _silent
     ) -> tuple[list[Decoded | Quarantined], str]:
         """The same for decoding with undo."""
@@ -216,7 +207,7 @@ class RolloutPool:
 
         Raises:
             ClusterError: every actor died, or one answered with other weights or fewer rows than asked for.
-            TooManyQuarantined: see `generate_some`.
+            TooManyQuarantined: see `generate`.
         """
         cluster = self._settings.cluster
         parts = Parts(requests, batch, cluster.row_tries)
@@ -295,19 +286,41 @@ class RolloutPool:
             self._actors = [one for one in self._actors if one != actor]
             if error.actor_init_failed:  # a model that does not load will not load the next time either
                 raise ClusterError(f"a rollout actor did not start: {one_line(error)}") from error
-            if self._restarts.take("a rollout actor", error):
+            if self._restarts is not None and self._restarts.take("a rollout actor", error):
                 self._actors = [*self._actors, self._start()]
             elif self._actors:
                 self._say(f"a rollout actor died, {len(self._actors)} go on with its requests: {one_line(error)}")
+        until = time.monotonic() + self._timeout
+        while self._restarts is None and not self._actors and time.monotonic() < until:
+            time.sleep(_LOOK_SECONDS)  # whoever has started the actors starts others, and another thread gets to know
         if not self._actors:
             raise ClusterError(f"a rollout actor died: {one_line(error)}") from error
 
     def shared(self) -> RolloutPool:
-        """The same actors, for another process to ask beside this one; only this one may change weights, start actors again, or
-        close it."""
+        """The same actors, for another process to ask beside this one, which goes on to `tend` them: only this one may change
+        weights, start actors again, or close it."""
         other = copy(self)
-        other._actors, other._heard, other._restarts, other._say = list(self._actors), set(self._heard), Restarts(0, print), print
+        other._heard, other._restarts, other._say, other._held, other._pings = set(self._heard), None, print, None, {}
         return other
+
+    def tend(self) -> list[Any]:
+        """The actors of now, those that have died started again: for as long as others ask them and this process does not."""
+        for actor in self._actors:
+            if actor not in self._pings:
+                self._pings[actor] = actor.ready.remote()
+        answered, _ = ray.wait(list(self._pings.values()), num_returns=len(self._pings), timeout=0)
+        for actor, ref in list(self._pings.items()):
+            if ref in answered:
+                del self._pings[actor]
+                try:
+                    ray.get(ref)
+                except RayActorError as error:
+                    self._lose(actor, error)
+        return self._actors
+
+    def replace(self, actors: list[Any]) -> None:
+        """Ask these from now on; for one that is shared."""
+        self._actors = actors
 
     def close(self) -> None:
         for actor in self._actors:
@@ -349,10 +362,3 @@ def _is_lost(ref: Any) -> bool:
     except (RayTaskError, ObjectLostError):
         return False
     return False
-
-
-def _all_there(found: tuple[list[Any], str]) -> tuple[list[Any], str]:
-    for place, one in enumerate(found[0]):
-        if isinstance(one, Quarantined):
-            raise ClusterError(f"row {place + 1} of {len(found[0])} failed {one.tries} times (cluster.row_tries): {one.why}")
-    return found

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.cluster import ClusterError
 from actors.decode import HfDecoder
-from actors.parts import Quarantine, Quarantined, TooManyQuarantined
+from actors.parts import Quarantine, Quarantined, TooManyQuarantined, all_there
 from actors.policy import Policy, Sampled
 from actors.rollout import RolloutPool
 from actors.weights import Weights
@@ -174,7 +175,7 @@ def test_a_row_that_its_engine_raises_on_is_found_and_left_out(
 ) -> None:
     poisoned(pool, 13, "raises")
     how = decoding_of(folders["one"])[1]
-    found, _ = pool.decode_some(REQUESTS, how, 8)
+    found, _ = pool.decode(REQUESTS, how, 8)
     lost = found.pop(13)
     assert isinstance(lost, Quarantined) and (lost.tries, lost.why) == (3, "ValueError: cannot be done")
     assert "in patched" in lost.traceback
@@ -182,8 +183,8 @@ def test_a_row_that_its_engine_raises_on_is_found_and_left_out(
     assert said == ["a row is left out after 3 tries (cluster.row_tries) of decode: ValueError: cannot be done"]
     kept = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert len(kept) == 1 and "seed=13" in kept[0]["row"] and kept[0]["traceback"] == lost.traceback
-    with pytest.raises(ClusterError, match=r"row 2 of 3 failed 3 times \(cluster.row_tries\): ValueError: cannot be done"):
-        pool.decode(REQUESTS[12:15], how, 8)
+    with pytest.raises(ClusterError, match=r"row 2 failed 3 times \(cluster.row_tries\): ValueError: cannot be done"):
+        all_there(pool.decode(REQUESTS[12:15], how, 8)[0])
 
 
 def test_more_rows_left_out_than_allowed_end_it(pool: RolloutPool, folders: dict[str, Path], said: list[str]) -> None:
@@ -193,7 +194,7 @@ def test_more_rows_left_out_than_allowed_end_it(pool: RolloutPool, folders: dict
     with pytest.raises(
         TooManyQuarantined, match=r"^2 rows failed 3 times each .* more than cluster.quarantine=1; the last one, in"
     ):
-        pool.decode_some([REQUESTS[13], REQUESTS[13], REQUESTS[1]], how, 8)
+        pool.decode([REQUESTS[13], REQUESTS[13], REQUESTS[1]], how, 8)
 
 
 def test_a_row_that_its_engine_dies_of_is_left_out(
@@ -212,7 +213,7 @@ def test_a_row_that_its_engine_dies_of_is_left_out(
         return started
 
     pool._start = start_poisoned  # type: ignore[method-assign]
-    found, _ = pool.decode_some(REQUESTS[:4], decoding_of(folders["one"])[1], 1)
+    found, _ = pool.decode(REQUESTS[:4], decoding_of(folders["one"])[1], 1)
     assert isinstance(found[0], Quarantined) and ids(found[1:]) == ids(expected(folders["one"])[1:4])
     assert [line.split(":")[0] for line in said] == [
         "a rollout actor died and is started again, 19 times more at most",
@@ -220,6 +221,22 @@ def test_a_row_that_its_engine_dies_of_is_left_out(
         "a row is left out after 2 tries (cluster.row_tries) of decode",
     ]
     pool.close()
+
+
+def test_whoever_shares_the_pool_gets_to_know_of_new_actors(pool: RolloutPool, folders: dict[str, Path], said: list[str]) -> None:
+    """As a search worker has it: this process does not ask, it only looks after the actors."""
+    shared, how = pool.shared(), decoding_of(folders["one"])[1]
+    ray.get([actor.ready.remote() for actor in pool.tend()])
+    assert said == []
+    for actor in pool.tend():
+        ray.kill(actor)
+    with ThreadPoolExecutor(1) as other:
+        asked = other.submit(shared.decode, REQUESTS, how, 4)
+        while not asked.done():
+            shared.replace(pool.tend())
+            wait([asked], timeout=0.5)
+    assert ids(asked.result()[0]) == ids(expected(folders["one"]))
+    assert len(said) == 2
 
 
 def test_a_model_that_does_not_load_is_not_tried_again(workers: Workers, folders: dict[str, Path], tmp_path: Path) -> None:
