@@ -1,4 +1,4 @@
-"""A learner that is killed while it trains is started again by the driver, goes on from its checkpoint and ends with the same model."""
+"""A learner that is killed while it trains is started again, goes on from its checkpoint and ends with the same model."""
 
 from __future__ import annotations
 
@@ -49,6 +49,6 @@ def test_a_killed_learner_goes_on_from_its_checkpoint_as_often_as_allowed(tmp_pa
     assert content(tmp_path / "again") == content(tmp_path / "whole") and again.losses == whole.losses
     told = [line for line in SAID if "died" in line]
     assert hit and len(told) == 1 and told[0].startswith("the learner died and is started again, 1 times more at most: ")
-    with pytest.raises(ClusterError, match="^the learner died: "):
+    with pytest.raises(ClusterError, match=r"^the learner died: "):
         workers.fit(tmp_path / "source", tmp_path / "none", data, LONG, 0, lambda curve: kill_learner())
     assert not (tmp_path / "none").exists()
