@@ -1,5 +1,6 @@
 """An engine without a model, for tests of the machinery: it writes the gold solutions of a dataset of problems, half of them with a
-wrong digit, each drawn from its prompt and its seed alone. What it answers depends neither on its weights nor on the batch.
+wrong digit and a wrong answer, each drawn from its prompt and its seed alone: what it answers depends neither on weights nor on the
+batch.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class ScriptedEngine:
             rest = "".join(chance.choices("0123456789\n", k=_ENOUGH))
         digits = [at for at, character in enumerate(rest) if character.isdigit()]
         if digits and chance.random() > _RIGHT:
-            at = chance.choice(digits)
-            rest = rest[:at] + str((int(rest[at]) + chance.randint(1, 9)) % 10) + rest[at + 1 :]
+            for at in {chance.choice(digits), digits[-1]}:  # the answer is wrong where a step is
+                rest = rest[:at] + str((int(rest[at]) + chance.randint(1, 9)) % 10) + rest[at + 1 :]
         ids = [*self._tokenizer(rest, add_special_tokens=False, split_special_tokens=True).input_ids, sampling.stop_id]
         ids = ids[: sampling.max_tokens]
         stops = (sampling.stop_id, *sampling.also_stop)
