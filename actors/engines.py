@@ -116,7 +116,8 @@ def make_engine(folder: Path, settings: EngineSettings, context: int, seed: int)
     if settings.kind == "scripted":
         from actors.scripted import ScriptedEngine
 
-        assert settings.script is not None
+        if settings.script is None:
+            raise RuntimeError("engine.kind is scripted: engine.script has to name a dataset of problems")
         return ScriptedEngine(folder, Path(settings.script))
     if engine_kind(settings.kind) == "vllm":
         return VllmEngine(folder, settings, context, seed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from actors.engines import Request, Sampling, make_engine
 from actors.judge import judge_rows
@@ -37,8 +36,6 @@ def test_half_of_its_solutions_are_right_and_none_depends_on_the_batch(folders: 
     assert engine.generate([asked[0][1]], Sampling(1.0, 1.0, 3, codec.stop_id))[0].finish == "length"
 
 
-def test_it_needs_a_script() -> None:
-    with pytest.raises(ValidationError, match="kind scripted and a script belong together"):
-        EngineSettings(kind="scripted")
-    with pytest.raises(ValidationError, match="kind scripted and a script belong together"):
-        EngineSettings(script="somewhere")
+def test_it_needs_a_script(folders: dict[str, Path]) -> None:
+    with pytest.raises(RuntimeError, match=r"engine.kind is scripted: engine.script has to name a dataset of problems"):
+        make_engine(folders["model"], EngineSettings(kind="scripted"), 512, 0)
