@@ -88,6 +88,7 @@ class Run:
         pool = Scripted(self.codec)
         self.context = SimpleNamespace(
             settings=settings, round=1, out=folder, counts=self.counts, inputs=inputs, digests={"model": "m"},
+            resume=folder.parent / f"{folder.name}-resume",
             terminal=SimpleNamespace(stage=progress, warn=self.warnings.append, info=self.warnings.append),
             workers=SimpleNamespace(pool=lambda *_: pool, search=Here),
         )  # fmt: skip
@@ -100,7 +101,7 @@ class Run:
 class Here:
     """Search workers in this process."""
 
-    def __init__(self, searcher: Searcher) -> None:
+    def __init__(self, searcher: Searcher, pool: Any) -> None:
         self.search = searcher.search
         self.meter: Meter = searcher.meter
 

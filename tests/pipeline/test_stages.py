@@ -156,9 +156,7 @@ def test_traces_are_taught_as_the_settings_say(tmp_path: Path, with_undo: Path, 
     assert {role for trace in control.traces for role in trace.roles} == {Role.PROMPT, Role.CORRECTION}
 
 
-def test_a_sharded_training_is_not_checked_and_says_so(
-    tmp_path: Path, with_undo: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sharded_training_is_not_checked_and_says_so(tmp_path: Path, with_undo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before own errors are sampled for nothing: there are no problems here to sample them on."""
     write_rows([trace_row(1)], FEATURES, tmp_path / "traces")
     Trained(monkeypatch)
