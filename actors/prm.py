@@ -146,9 +146,22 @@ class ProcessRewardModel(nn.Module):
         return [found[index] for index in range(len(rows))]
 
     def value_of(self, states: Sequence[State]) -> list[float]:
-        """A value for each state, at its last id. It was trained at the ends of steps: elsewhere it means little."""
-        rows = [linear((*prompt, *ids)) for prompt, ids in states]
-        return [values[0] for values in self.values([Labelled(row, (len(row.ids) - 1,)) for row in rows])]
+        """A value for each state, at its last id but the stop id. It was trained at the ends of steps: elsewhere it means little.
+        States that others begin with share their rows, so the steps of one solution cost one row."""
+        asked = [(*prompt, *(ids[:-1] if ids and ids[-1] == self.stop_id else ids)) for prompt, ids in states]
+        rows: list[tuple[tuple[int, ...], list[int]]] = []
+        for ids in sorted(set(asked), reverse=True):  # in this order a state comes right behind those that begin with it
+            if rows and rows[-1][0][: len(ids)] == ids:
+                rows[-1][1].append(len(ids) - 1)
+            else:
+                rows.append((ids, [len(ids) - 1]))
+        found = self.values([Labelled(linear(ids), tuple(reversed(at))) for ids, at in rows])
+        known = {
+            ids[: place + 1]: value
+            for (ids, at), values in zip(rows, found, strict=True)
+            for place, value in zip(reversed(at), values, strict=True)
+        }
+        return [known[ids] for ids in asked]
 
     def step_values(self, solutions: Sequence[State]) -> list[tuple[float, ...]]:
         """For each solution, surviving ids alone, a value for each of its steps; none for a solution without a step."""

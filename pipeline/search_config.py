@@ -37,6 +37,12 @@ class SearchSettings(Section):
     rollout: Literal["end", "step"] = Field(
         "end", description="A simulation runs to the end of a solution, which is judged; or for one step, which is valued."
     )
+    prm: str | None = Field(
+        None,
+        min_length=1,
+        description="Process reward model that values states: run is the newest of the stage prm, anything else a folder; "
+        "null: none, ends alone have a value.",
+    )
     max_tokens: int = Field(160, ge=1, le=131_072, description="Longest solution in tokens, and longest completion.")
     depth: int = Field(64, ge=1, le=131_072, description="Nodes above one another, at most; below, nothing branches.")
     c_puct: float = Field(1.0, ge=0, le=1000, description="What the policy's prior weighs against values, in PUCT.")

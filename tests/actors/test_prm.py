@@ -118,6 +118,25 @@ def test_its_users_see_the_same_values(trained: tuple[Path, VerifierCurve]) -> N
     assert [scores[0], scores[2]] == pytest.approx(wanted[:2], abs=1e-4)
 
 
+def test_states_that_begin_alike_share_a_row_and_are_worth_the_same(
+    trained: tuple[Path, VerifierCurve], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ProcessRewardModel.load(trained[0])
+    prompt, other = (5, 6), (5, 7)
+    ways = [(21, 30, END), (21, 30, END, 20, 31, END), (), (21, 30, END, 20, 31, END, 22, STOP), (21, 33, END), (21, 30, END)]
+    states = [(one, ids) for ids in ways for one in (prompt, other)]
+    rows: list[int] = []
+    values = model.values
+    monkeypatch.setattr(model, "values", lambda some: rows.append(len(some)) or values(some))
+    found = model.value_of(states)
+    wanted = []
+    for one, ids in states:
+        seen = one + (ids[:-1] if ids[-1:] == (STOP,) else ids)  # a stop id is no step's end
+        wanted += slow_values(model, seen, [len(seen) - 1])
+    assert found == pytest.approx(wanted, abs=1e-4) and rows == [4]
+    assert model.value_of([]) == []
+
+
 def test_step_ends() -> None:
     assert step_ends([5, END, 6, END, END, 7, STOP], ENDS, STOP) == (1, 4, 5)
     assert step_ends([5, END, STOP], ENDS, STOP) == (1,)
