@@ -124,7 +124,9 @@ class Searcher:
             return []
         silent = [pair for pair in asked if pair[1].finished]
         spoken = [pair for pair in asked if not pair[1].finished]
-        made = self._generate([Request(one.case.prompt + wanted.ids, wanted.seed) for one, wanted in spoken]) if spoken else []
+        room = self.how.max_tokens
+        requests = [Request(one.case.prompt + wanted.ids, wanted.seed, room - len(wanted.ids)) for one, wanted in spoken]
+        made = self._generate(requests) if spoken else []
         missing = spoken[len(made) :]
         done = [(one, wanted, Made((), ())) for one, wanted in silent]
         for (one, wanted), row in zip(spoken, made, strict=False):

@@ -209,7 +209,9 @@ def test_states_are_valued_by_the_process_reward_model(inputs: dict[str, Path], 
         return [len(ids) % 7 / 10 for _, _, ids in states]
 
     folder = tmp_path / "prm"
-    run = Run(inputs, tmp_path / "out", settings_of(prm=str(folder), rollout="step", problems=4, simulations=1), {str(folder): value_of})
+    run = Run(
+        inputs, tmp_path / "out", settings_of(prm=str(folder), rollout="step", problems=4, simulations=1), {str(folder): value_of}
+    )
     trees = run.rows("trees")
     assert len(set(asked)) == len(asked) > 0
     for tree in trees:
