@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from actors import prm, verifier_head
 from actors.labelled import Labelled
@@ -31,11 +31,12 @@ class Verifying:
 
     def fit_prm(
         self, source: str, target: str, rows: Sequence[Labelled], held_out: Sequence[Labelled], settings: PrmSettings,
-        step_end_ids: frozenset[int], stop_id: int, seed: int,
+        step_end_ids: frozenset[int], stop_id: int, seed: int, resume: str,
     ) -> VerifierCurve:  # fmt: skip
         self._prm, self._verifier_curve = None, VerifierCurve()
         try:
-            return prm.fit(Path(source), Path(target), rows, held_out, settings, step_end_ids, stop_id, seed, self._verifier_curve)
+            how = (settings, step_end_ids, stop_id, seed, self._verifier_curve, Path(resume))
+            return prm.fit(Path(source), Path(target), rows, held_out, *how)
         except Exception as error:
             if out_of_memory(error):
                 raise VerifierTrainingError(f"out of memory at step {self._verifier_curve.step + 1}: {_SAVE}") from error
@@ -75,7 +76,7 @@ class StateValues:
     states of one round of a worker together, while the engines decode those of the others. Travels to them.
 
     Raises:
-        SearchError: that actor died.
+        SearchError: that actor died, or the model failed.
     """
 
     actor: Any
@@ -87,6 +88,8 @@ class StateValues:
             found: list[float] = ray.get(self.actor.value_of.remote(self.folder, asked))
         except RayActorError as error:  # as it stands it would be taken for the death of the worker that asks
             raise SearchError(f"the actor with the process reward model died: {' '.join(str(error).split())[:300]}") from None
+        except RayTaskError as error:
+            raise SearchError(f"the process reward model failed: {' '.join(str(error.cause).split())[:300]}") from None
         return found
 
 
@@ -102,11 +105,11 @@ class Verifiers:
 
     def fit_prm(
         self, source: Path, target: Path, rows: Sequence[Labelled], held_out: Sequence[Labelled], settings: PrmSettings,
-        step_end_ids: frozenset[int], stop_id: int, seed: int, show: Show,
+        step_end_ids: frozenset[int], stop_id: int, seed: int, resume: Path, show: Show,
     ) -> VerifierCurve:  # fmt: skip
         """Train a process reward model, see actors/prm.py."""
         some = (str(source.resolve()), str(target.resolve()), rows, held_out, settings, step_end_ids, stop_id, seed)
-        return self._watched(self._learner.fit_prm.remote(*some), show)
+        return self._watched(self._learner.fit_prm.remote(*some, str(resume.resolve())), show)
 
     def fit_head(
         self, policy: Path, target: Path, rows: Sequence[Labelled], held_out: Sequence[Labelled], settings: HeadSettings,

@@ -182,7 +182,7 @@ STAGES: tuple[Stage, ...] = (
         lambda s: (
             _generation(s)
             | {
-                "prm": s.prm.model_dump(mode="json"),
+                "prm": s.prm.model_dump(mode="json", exclude={"checkpoint_every"}),
                 "sft": s.sft.model_dump(mode="json", include={"form", "rewinding", "hide_undos", "positions", "mask", "detect_at"}),
                 "sampling": s.rollouts.max_tokens,
                 "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),

@@ -290,8 +290,8 @@ def context_of(inputs: dict[str, Path], out: Path, settings: Settings) -> Any:
 
     workers = SimpleNamespace(pool=pool, verifiers=lambda: verifiers, probe=probe)
     return SimpleNamespace(
-        settings=settings, round=1, out=out, counts={}, inputs=inputs, digests={"model": "m", "sft": "s"}, terminal=Terminal(),
-        workers=workers,
+        settings=settings, round=1, out=out, resume=out.parent / "resume", counts={}, inputs=inputs,
+        digests={"model": "m", "sft": "s"}, terminal=Terminal(), workers=workers,
     )  # fmt: skip
 
 
@@ -318,8 +318,9 @@ def test_a_named_folder_and_other_signals_stay(tmp_path: Path) -> None:
     for signal in (None, Signal("entropy", 1.0), Signal("score", 0.5, folder="mine")):
         assert prm.named_signal(signal, tmp_path, "sft") == signal
     assert prm.named_signal(Signal("score", 0.5), None, "sft") == Signal("score", 0.5)
-    named = prm.named_signal(Signal("score", 0.5), tmp_path, "grpo_control")
-    assert named and named.folder == str(tmp_path / "head" / "clean_control")
+    for model, begun_as in {"grpo_control": "clean_control", "dpo": "sft", "base": "base"}.items():
+        named = prm.named_signal(Signal("score", 0.5), tmp_path, model)
+        assert named and named.folder == str(tmp_path / "head" / begun_as)
 
 
 def test_the_graph_reads_what_the_settings_ask_for() -> None:
