@@ -83,11 +83,10 @@ def fit_resumed(source: Path, target: Path, resume: Path | None) -> VerifierCurv
 
 
 def test_killed_and_gone_on(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice: while the second checkpoint is written, and then the third. The weights are those of one go, bit for bit."""
+    """While the second checkpoint is written. The weights are those of one go, bit for bit."""
     whole = fit_resumed(base, tmp_path / "whole", None)
     killed_after(1, base, tmp_path / "again", tmp_path / "resume")
-    killed_after(1, base, tmp_path / "again", tmp_path / "resume")
-    assert [path.name for path in (tmp_path / "resume").glob("step-*") if path.suffix != ".part"] == ["step-14"]
+    assert sorted(path.name for path in (tmp_path / "resume").iterdir()) == ["step-14.part", "step-7"]
     again = fit_resumed(base, tmp_path / "again", tmp_path / "resume")
     assert content(tmp_path / "again") == content(tmp_path / "whole") and asdict(again) == asdict(whole)
     assert (tmp_path / "again" / HEAD).read_bytes() == (tmp_path / "whole" / HEAD).read_bytes()
