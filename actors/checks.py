@@ -254,7 +254,9 @@ def alarms(probes: Sequence[Measured], right_states: Sequence[tuple[int, Sequenc
     """
     means = {one.step: one for one in probes if (one.group, one.name) == ("all", "p_undo_right")}
     lines = []
-    for (before, then), (step, now) in itertools.pairwise(right_states):
+    # A training that is asked while it measures may have a check's states and not yet its means: the next answer has both.
+    whole = [(step, states) for step, states in right_states if step in means]
+    for (before, then), (step, now) in itertools.pairwise(whole):
         was, is_now = means[before], means[step]
         if threshold is not None and now:
             fires, fired = (sum(value > threshold for value in some) / len(some) for some in (now, then))

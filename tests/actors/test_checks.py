@@ -262,3 +262,10 @@ def test_alarms(before: list[float], now: list[float], half: float, threshold: f
 
 def test_alarms_of_a_curve_without_probes() -> None:
     assert alarms([], [], 0.7) == []
+
+
+def test_alarms_of_a_check_that_is_under_way() -> None:
+    """The driver polls a training, which may stand between its states and their means."""
+    probes = [Measured(step, "all", "p_undo_right", value, 0.0, 1.0, 2) for step, value in ((0, 0.0), (50, 0.9))]
+    states = [(0, (0.0, 0.0)), (50, (0.9, 0.9)), (100, (0.9, 0.9))]
+    assert alarms(probes, states, 0.7) == alarms(probes, states[:2], 0.7) != []
