@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,29 @@ from pipeline.cluster_config import ActorResources, ClusterSettings
 
 class ClusterError(RuntimeError):
     """The cluster cannot run what is asked for, or an actor died. One line."""
+
+
+class LearnerDied(ClusterError):
+    """A process that trains is gone; what it had not saved with it. One line."""
+
+
+def one_line(error: BaseException | None) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+class Restarts:
+    """How many processes of a run may still be started again after they died."""
+
+    def __init__(self, left: int, say: Callable[[str], None]) -> None:
+        self.left, self._say = left, say
+
+    def take(self, what: str, error: BaseException) -> bool:
+        """Whether one more may be; says so."""
+        if not self.left:
+            return False
+        self.left -= 1
+        self._say(f"{what} died and is started again, {self.left} times more at most: {one_line(error)}")
+        return True
 
 
 @contextmanager

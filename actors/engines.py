@@ -90,7 +90,10 @@ class Engine(Protocol):
         """Replace the weights by these, which have the names of a checkpoint; tied ones may be there once."""
 
 
-def engine_kind(asked: Literal["auto", "vllm", "hf"]) -> Literal["vllm", "hf"]:
+EngineKind = Literal["vllm", "hf", "scripted"]
+
+
+def engine_kind(asked: Literal["auto"] | EngineKind) -> EngineKind:
     """Which engine `auto` means here.
 
     Raises:
@@ -113,6 +116,11 @@ def parameters(folder: Path) -> int:
 
 def make_engine(folder: Path, settings: EngineSettings, context: int, seed: int) -> Engine:
     """Load a model folder into an engine. `context` is the longest row, prompt and completion together, in tokens."""
+    if settings.kind == "scripted":
+        from actors.scripted import ScriptedEngine
+
+        assert settings.script is not None
+        return ScriptedEngine(folder, Path(settings.script))
     if engine_kind(settings.kind) == "vllm":
         return VllmEngine(folder, settings, context, seed)
     return HfEngine.from_folder(folder, settings, context)

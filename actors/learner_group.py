@@ -21,7 +21,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from actors.checks import HeldOut
-from actors.cluster import ClusterError
+from actors.cluster import ClusterError, LearnerDied
 from actors.learner import Curve, DevCheck, TrainingError, fit
 from actors.memory import how_to_save, killed
 from actors.packing import TrainingSet
@@ -130,10 +130,10 @@ def failure_of(error: TrainingFailedError, settings: TrainSettings) -> BaseExcep
             return cause
     for rank, cause in causes.items():
         if isinstance(cause, RayError):
-            return ClusterError(f"worker {rank} of the learner died: {killed(cause, how_to_save(settings)) or _line(cause)}")
+            return LearnerDied(f"worker {rank} of the learner died: {killed(cause, how_to_save(settings)) or _line(cause)}")
     rank, cause = min(causes.items(), key=lambda one: _lost(one[1]))
     if _lost(cause):
-        return ClusterError(f"worker {rank} of the learner lost another worker: {_line(cause)}")
+        return LearnerDied(f"worker {rank} of the learner lost another worker: {_line(cause)}")
     return RuntimeError(f"worker {rank} of the learner failed: {error.worker_failures[rank]}")
 
 

@@ -9,7 +9,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from actors.engines import Request, Sampling
+from actors.cluster import ClusterError
+from actors.engines import Completion, Request, Sampling
 from actors.rollout import RolloutPool
 from verifiers.localise import Search, run_together
 
@@ -54,6 +55,7 @@ class Localiser:
     def locate(self, cases: Sequence[Case], searches: Sequence[Search]) -> list[Found]:
         """Run the searches, then sample once more where nothing was sampled yet before the found step."""
         right: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+        count: dict[tuple[int, int], int] = {}
 
         def ask(wanted: list[tuple[int, int]]) -> list[tuple[int, int]]:
             requests = [
@@ -62,15 +64,19 @@ class Localiser:
                 for sample in range(self.samples)
             ]
             made, _ = self.pool.generate(requests, self.sampling, self.batch)
-            self.completions += len(made)
-            self.tokens += sum(len(completion.token_ids) for completion in made)
+            there = [one for one in made if isinstance(one, Completion)]
+            self.completions += len(there)
+            self.tokens += sum(len(completion.token_ids) for completion in there)
             self.on_rows(self.completions)
             for at, (index, kept) in enumerate(wanted):
-                mine = made[at * self.samples : (at + 1) * self.samples]
+                mine = [one for one in made[at * self.samples : (at + 1) * self.samples] if isinstance(one, Completion)]
+                if not mine:
+                    raise ClusterError(f"{cases[index].id}: no completion of its first {kept} steps could be made")
+                count[index, kept] = len(mine)
                 ended = (tuple(completion.token_ids) for completion in mine if completion.finish == "stop")
                 prefix = cases[index].prefixes[kept]
                 right[index, kept] = [ids for ids in ended if self.is_right(index, prefix + ids)]
-            return [(len(right[key]), self.samples) for key in wanted]
+            return [(len(right[key]), count[key]) for key in wanted]
 
         run_together(searches, ask)
         steps = [search.step() for search in searches]

@@ -5,25 +5,29 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
-from actors.cluster import ClusterError, actor_options
+from actors.cluster import ClusterError, Restarts, actor_options, one_line
 from actors.engines import Completion, Request, Sampling, make_engine
+from actors.parts import Part, Parts, Quarantine, Quarantined
 from actors.weights import Weights, check_weights, probe_of_folder
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import Settings
 from pipeline.telemetry import redirect_process_output
 
 OnRows = Callable[[int, int], None]
+Method = Literal["generate", "decode"]
 
+QUARANTINE = "quarantine.jsonl"
+"""Rows that failed every time, with tracebacks, in the run's logs."""
 _LOOK_SECONDS = 1.0  # between two looks for actors that hang
 _BATCHES_IN_FLIGHT = 2  # for each actor: one in work, one waiting, so that the engine never idles and memory stays flat
 
@@ -36,6 +40,7 @@ class Batch:
     """What an actor made of one batch."""
 
     done: list[Any]
+    """[rows] Completion or Decoded, or a single Quarantined."""
     version: str
     """Digest of the weights that generated it."""
 
@@ -73,6 +78,16 @@ class _Rollout:
         check_weights(self._engine, probe_of_folder(Path(folder)), self._dtype, folder)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A batch that an actor has."""
+
+    number: int
+    """Earlier ones are worked on first."""
+    part: Part
+    actor: Any
+
+
 _NUMBERS = itertools.count()
 RolloutActor: Any = ray.remote(_Rollout)
 
@@ -80,18 +95,28 @@ RolloutActor: Any = ray.remote(_Rollout)
 class RolloutPool:
     """Rollout actors that live as long as the run; weights are swapped in place between models.
 
-    One that dies, or hangs and is killed, is started again with the weights of now, `cluster.restarts` times in all; what it had in
-    work the others do meanwhile.
+    One that dies, or hangs and is killed, is started again with the weights of now as long as `restarts` allow; what it had in work
+    the others do meanwhile.
     """
 
     def __init__(
-        self, settings: Settings, folder: Path, version: str, context: int, log_dir: Path, say: Callable[[str], None] = print
+        self,
+        settings: Settings,
+        folder: Path,
+        version: str,
+        context: int,
+        log_dir: Path,
+        say: Callable[[str], None] = print,
+        restarts: Restarts | None = None,
     ) -> None:
         self._settings, self._context, self._log_dir, self._say = settings, context, log_dir, say
         self._timeout = settings.cluster.start_timeout
         self._folder, self._folder_version, self._version = folder, version, version
         self._published: ray.ObjectRef[Weights] | None = None  # where they have taken the place of the folder's
-        self._restarts = settings.cluster.restarts
+        self._held: Weights | None = None
+        self._restarts: Restarts | None = restarts or Restarts(settings.cluster.restarts, say)
+        self._pings: dict[Any, Any] = {}
+        self.new_stage()
         self._started = 0
         self._heard: set[Any] = set()  # actors that have answered before
         self._actors: list[Any] = [self._start() for _ in range(settings.cluster.rollout_actors)]
@@ -111,10 +136,20 @@ class RolloutPool:
             actor.set_weights.remote(self._published, self._version)
         return actor
 
+    @property
+    def version(self) -> str:
+        """Of the weights of now."""
+        return self._version
+
+    def new_stage(self) -> None:
+        """Rows that cannot be done are counted anew."""
+        self.quarantine = Quarantine(self._settings.cluster.quarantine, self._log_dir / QUARANTINE)
+
     def use(self, folder: Path, version: str) -> None:
         """Make every engine generate with this model from now on; completions carry `version`."""
         if version != self._version:
-            self._folder, self._folder_version, self._version, self._published = folder, version, version, None
+            self._folder, self._folder_version, self._version = folder, version, version
+            self._published = self._held = None
             self._all("load_weights", str(folder), version)
 
     def publish(self, weights: ray.ObjectRef[Weights], version: str) -> None:
@@ -124,12 +159,15 @@ class RolloutPool:
             ClusterError: an engine did not take them in time, or does not generate with them.
         """
         self._version, self._published = version, weights
+        # A copy on the driver's node: the one on the learner's node is lost with that node, and others still have to start from it.
+        self._held = ray.get(weights, timeout=self._timeout)
         self._all("set_weights", weights, version)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, batch: int, on_rows: OnRows = _silent
-    ) -> tuple[list[Completion], str]:
-        """All completions in the order of the requests, and the version of the weights that made them.
+    ) -> tuple[list[Completion | Quarantined], str]:
+        """All completions in the order of the requests, and the version of the weights that made them. A row that failed every
+        time has a Quarantined in its place; whoever cannot do without it asks `all_there`.
 
         Args:
             batch: requests handed to an actor at a time.
@@ -137,65 +175,105 @@ class RolloutPool:
 
         Raises:
             ClusterError: every actor died, or one answered with other weights or fewer rows than asked for.
+            TooManyQuarantined: more than cluster.quarantine rows in one stage.
         """
-        return self._spread("generate", requests, sampling, batch, lambda one: len(one.token_ids), on_rows), self._version
+        return self._collected("generate", requests, sampling, batch, lambda one: len(one.token_ids), on_rows), self._version
 
     def decode(
         self, requests: Sequence[DecodeRequest], decoding: Decoding, batch: int, on_rows: OnRows = _silent
-    ) -> tuple[list[Decoded], str]:
+    ) -> tuple[list[Decoded | Quarantined], str]:
         """The same for decoding with undo."""
-        return self._spread("decode", requests, decoding, batch, lambda one: len(one.ids), on_rows), self._version
+        return self._collected("decode", requests, decoding, batch, lambda one: len(one.ids), on_rows), self._version
 
-    def _spread(
-        self, method: str, requests: Sequence[Any], how: Any, batch: int, tokens: Callable[[Any], int], on_rows: OnRows
+    def _collected(
+        self, method: Method, requests: Sequence[Any], how: Any, batch: int, tokens: Callable[[Any], int], on_rows: OnRows
     ) -> list[Any]:
-        """Rows have seeds of their own, so what a dead actor had in work another one does again, with the same outcome."""
-        waiting = deque((start, requests[start : start + batch]) for start in range(0, len(requests), batch))
-        running: dict[Any, tuple[int, Sequence[Any], Any]] = {}  # result -> where it belongs, what was asked, of whom
         done: list[Any] = [None] * len(requests)
-        limit = self._settings.cluster.batch_timeout
+        for start, result in self.stream(method, requests, how, batch):
+            done[start : start + len(result.done)] = result.done
+            on_rows(len(result.done), sum(tokens(one) for one in result.done if not isinstance(one, Quarantined)))
+        return done
+
+    def stream(self, method: Method, requests: Iterable[Any], how: Any, batch: int) -> Iterator[tuple[int, Batch]]:
+        """Batches of results as they come, each with the place of its first row among the requests; every place comes once.
+
+        Requests are taken one batch after the other, when an actor has room for them, so that there may be any number of them:
+        two batches an actor are under way, those that wait to be taken from here included. Rows have seeds of their own, so what
+        a dead actor had in work another one does again, with the same outcome. A batch that fails again and again is cut until
+        the row that is to blame is alone; that one has a Quarantined in its place at last.
+
+        Args:
+            how: Sampling for `generate`, Decoding for `decode`.
+
+        Raises:
+            ClusterError: every actor died, or one answered with other weights or fewer rows than asked for.
+            TooManyQuarantined: see `generate`.
+        """
+        cluster = self._settings.cluster
+        parts = Parts(requests, batch, cluster.row_tries)
+        running: dict[Any, _Asked] = {}
+        busy: Counter[Any] = Counter()  # batches that an actor has
         due: dict[Any, float] = {}  # actor -> when it has to have answered
+        numbers, limit = itertools.count(), cluster.batch_timeout
 
-        def feed(actor: Any) -> None:
-            in_flight = sum(busy == actor for _, _, busy in running.values())
-            if waiting and in_flight < _BATCHES_IN_FLIGHT:
-                if not in_flight:
-                    due[actor] = time.monotonic() + limit + (0 if actor in self._heard else self._timeout)  # to start first
-                start, part = waiting.popleft()
-                running[getattr(actor, method).remote(part, how)] = (start, part, actor)
+        def feed(actors: list[Any]) -> None:
+            for actor in actors * _BATCHES_IN_FLIGHT:
+                if busy[actor] < _BATCHES_IN_FLIGHT and (part := parts.next()):
+                    if not busy[actor]:
+                        due[actor] = time.monotonic() + limit + (0 if actor in self._heard else self._timeout)  # to start first
+                    running[getattr(actor, method).remote(part.rows, how)] = _Asked(next(numbers), part, actor)
+                    busy[actor] += 1
 
-        for actor in self._actors * _BATCHES_IN_FLIGHT:
-            feed(actor)
+        def take(ref: Any) -> _Asked:
+            asked = running.pop(ref)
+            busy[asked.actor] -= 1
+            return asked
+
+        feed(self._actors)
         while running:
             ready, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
             if not ready:
-                for actor in {actor for _, _, actor in running.values() if due[actor] < time.monotonic()}:
+                for actor in {asked.actor for asked in running.values() if due[asked.actor] < time.monotonic()}:
                     self._say(f"a rollout actor has not answered for cluster.batch_timeout={limit} s and is killed")
                     due[actor] = math.inf
                     ray.kill(actor)  # its requests come back as those of any dead actor
+                feed(self._actors)  # there may be new ones
                 continue
-            start, part, actor = running.pop(ready[0])
+            asked = take(ready[0])
             try:
                 result = ray.get(ready[0])
             except RayActorError as error:
-                waiting.append((start, part))
-                self._lose(actor, error)
-                for other in self._actors * _BATCHES_IN_FLIGHT:
-                    feed(other)
-                continue
+                lost = [asked, *(take(ref) for ref, one in list(running.items()) if one.actor == asked.actor and _is_lost(ref))]
+                first, *others = sorted(lost, key=lambda one: one.number)
+                for one in reversed(others):
+                    parts.untried(one.part)
+                self._lose(asked.actor, error)
+                yield from self._failed(method, parts, first.part, one_line(error), str(error))  # it had begun with that one
+                feed(self._actors)
             except RayTaskError as error:
-                raise _failed(error) from error
-            if result.version != self._version or len(result.done) != len(part):
-                raise ClusterError(
-                    f"a rollout actor answered {len(result.done)} rows of weights {result.version[:12]}; "
-                    f"asked were {len(part)} rows of {self._version[:12]}"
-                )
-            due[actor] = time.monotonic() + limit
-            self._heard.add(actor)
-            done[start : start + len(part)] = result.done
-            on_rows(len(part), sum(map(tokens, result.done)))
-            feed(actor)
-        return done
+                why = f"{type(error.cause).__name__}: {one_line(error.cause)}"
+                yield from self._failed(method, parts, asked.part, why, str(error))
+                feed([asked.actor])
+            except ObjectLostError:  # its node died behind it
+                parts.untried(asked.part)
+                feed(self._actors)
+            else:
+                if result.version != self._version or len(result.done) != len(asked.part.rows):
+                    raise ClusterError(
+                        f"a rollout actor answered {len(result.done)} rows of weights {result.version[:12]}; "
+                        f"asked were {len(asked.part.rows)} rows of {self._version[:12]}"
+                    )
+                due[asked.actor] = time.monotonic() + limit
+                self._heard.add(asked.actor)
+                feed([asked.actor])
+                yield asked.part.start, result
+
+    def _failed(self, method: str, parts: Parts, part: Part, why: str, traceback: str) -> Iterator[tuple[int, Batch]]:
+        if not parts.failed(part):
+            one = Quarantined(self._settings.cluster.row_tries, why, traceback)
+            self._say(f"a row is left out after {one.tries} tries (cluster.row_tries) of {method}: {why}")
+            self.quarantine.add(method, part.rows[0], one)
+            yield part.start, Batch([one], self._version)
 
     def _lose(self, actor: Any, error: RayActorError) -> None:
         """Go on without a dead actor, or with a new one in its place.
@@ -203,25 +281,46 @@ class RolloutPool:
         Raises:
             ClusterError: it was the last one, and none may be started again.
         """
+        ray.kill(actor)  # one that only cannot be reached shall not come back
         if actor in self._actors:
-            self._actors.remove(actor)
+            self._actors = [one for one in self._actors if one != actor]
             if error.actor_init_failed:  # a model that does not load will not load the next time either
-                raise ClusterError(f"a rollout actor did not start: {_one_line(error)}") from error
-            if self._restarts:
-                self._restarts -= 1
-                self._say(f"a rollout actor died and is started again, {self._restarts} times more at most: {_one_line(error)}")
-                self._actors.append(self._start())
+                raise ClusterError(f"a rollout actor did not start: {one_line(error)}") from error
+            if self._restarts is not None and self._restarts.take("a rollout actor", error):
+                self._actors = [*self._actors, self._start()]
             elif self._actors:
-                self._say(f"a rollout actor died, {len(self._actors)} go on with its requests: {_one_line(error)}")
+                self._say(f"a rollout actor died, {len(self._actors)} go on with its requests: {one_line(error)}")
+        until = time.monotonic() + self._timeout
+        while self._restarts is None and not self._actors and time.monotonic() < until:
+            time.sleep(_LOOK_SECONDS)  # whoever has started the actors starts others, and another thread gets to know
         if not self._actors:
-            raise ClusterError(f"a rollout actor died: {_one_line(error)}") from error
+            raise ClusterError(f"a rollout actor died: {one_line(error)}") from error
 
     def shared(self) -> RolloutPool:
-        """The same actors, for another process to ask beside this one; only this one may change weights, start actors again, or
-        close it."""
+        """The same actors, for another process to ask beside this one, which goes on to `tend` them: only this one may change
+        weights, start actors again, or close it."""
         other = copy(self)
-        other._actors, other._heard, other._restarts, other._say = list(self._actors), set(self._heard), 0, print
+        other._heard, other._restarts, other._say, other._held, other._pings = set(self._heard), None, print, None, {}
         return other
+
+    def tend(self) -> list[Any]:
+        """The actors of now, those that have died started again: for as long as others ask them and this process does not."""
+        for actor in self._actors:
+            if actor not in self._pings:
+                self._pings[actor] = actor.ready.remote()
+        answered, _ = ray.wait(list(self._pings.values()), num_returns=len(self._pings), timeout=0)
+        for actor, ref in list(self._pings.items()):
+            if ref in answered:
+                del self._pings[actor]
+                try:
+                    ray.get(ref)
+                except RayActorError as error:
+                    self._lose(actor, error)
+        return self._actors
+
+    def replace(self, actors: list[Any]) -> None:
+        """Ask these from now on; for one that is shared."""
+        self._actors = actors
 
     def close(self) -> None:
         for actor in self._actors:
@@ -251,8 +350,15 @@ class RolloutPool:
 
 
 def _failed(error: RayTaskError) -> ClusterError:
-    return ClusterError(f"a rollout actor failed: {type(error.cause).__name__}: {_one_line(error.cause)}")
+    return ClusterError(f"a rollout actor failed: {type(error.cause).__name__}: {one_line(error.cause)}")
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]
+def _is_lost(ref: Any) -> bool:
+    """Whether an actor that is dead has left no answer here."""
+    try:
+        ray.get(ref)
+    except RayActorError:
+        return True
+    except (RayTaskError, ObjectLostError):
+        return False
+    return False

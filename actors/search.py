@@ -15,6 +15,7 @@ from typing import Protocol
 
 from actors.engines import Completion, Request, Sampling
 from actors.mcts import Ending, Made, Tree, Vocabulary, Wanted
+from actors.parts import Quarantined
 from pipeline.backtrack.searched import Searched
 from pipeline.search_config import SearchSettings
 from pipeline.tasks.problem import Problem
@@ -33,7 +34,9 @@ class SearchError(RuntimeError):
 class Pool(Protocol):
     """The part of a rollout pool that a search needs."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, batch: int) -> tuple[list[Completion], str]: ...
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, batch: int
+    ) -> tuple[Sequence[Completion | Quarantined], str]: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Meter:
     tokens: int = 0
     engine_seconds: float = 0.0
     failed: Counter[str] = field(default_factory=Counter)
-    """What did not work, by kind: `missing` completions, `unjudged` ends, values that are `not_a_number`."""
+    """What did not work, by kind: `missing` completions, `unjudged` ends, values that are `not_a_number`, trees that are
+    left out (`quarantined`)."""
     examples: dict[str, str] = field(default_factory=dict)
     """The first of each kind, in words."""
 
@@ -102,6 +106,7 @@ class Searcher:
             for one in open_trees:
                 asked += [(one, wanted) for wanted in one.tree.wants()]
             asked = self._round(asked)
+            open_trees = [one for one in open_trees if not one.lost]
             still: list[_Open] = []
             missing = {id(one) for one, _ in asked}
             for one in open_trees:
@@ -128,8 +133,15 @@ class Searcher:
         requests = [Request(one.case.prompt + wanted.ids, wanted.seed, room - len(wanted.ids)) for one, wanted in spoken]
         made = self._generate(requests) if spoken else []
         missing = spoken[len(made) :]
-        done = [(one, wanted, Made((), ())) for one, wanted in silent]
+        for (one, _), row in zip(spoken, made, strict=False):
+            if isinstance(row, Quarantined) and not one.lost:
+                one.lost = True
+                self.meter.note("quarantined", f"{one.case.problem.id}: {row.why}")
+        missing = [(one, wanted) for one, wanted in missing if not one.lost]
+        done = [(one, wanted, Made((), ())) for one, wanted in silent if not one.lost]
         for (one, wanted), row in zip(spoken, made, strict=False):
+            if one.lost or isinstance(row, Quarantined):
+                continue
             if not row.token_ids:
                 self.meter.note("empty", f"{one.case.problem.id}: an engine has generated nothing")
             done.append((one, wanted, Made(row.token_ids, row.logprobs, row.top)))
@@ -140,11 +152,11 @@ class Searcher:
             one.tree.settle(wanted, nodes[-1], right, {node: states[id(one), node] for node in nodes if (id(one), node) in states})
         self.meter.rounds += 1
         self.meter.simulations += len(passed)
-        self.meter.tokens += sum(len(row.token_ids) for row in made)
+        self.meter.tokens += sum(len(row.token_ids) for row in made if isinstance(row, Completion))
         self.on_round(self.meter)
         return missing
 
-    def _generate(self, requests: list[Request]) -> list[Completion]:
+    def _generate(self, requests: list[Request]) -> Sequence[Completion | Quarantined]:
         began = time.perf_counter()
         made, _ = self.pool.generate(requests, self.sampling, self.rows)
         self.meter.engine_seconds += time.perf_counter() - began
@@ -194,3 +206,5 @@ class _Open:
 
     case: Case
     tree: Tree
+    lost: bool = False
+    """A completion of it could not be made, so what its states are worth is not known: it is left out."""

@@ -8,22 +8,27 @@ is not handed over twice.
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from actors.cluster import ClusterError, actor_options
-from actors.search import Case, Meter, Searcher
+from actors.cluster import ClusterError, Restarts, actor_options, one_line
+from actors.parts import Part, Parts, Quarantine, Quarantined
+from actors.rollout import RolloutPool
+from actors.search import Case, Meter, Searcher, SearchError
 from pipeline.backtrack.searched import Searched
 from pipeline.cluster_config import ActorResources
 from pipeline.telemetry import redirect_process_output
 
 _NUMBERS = itertools.count()  # a name stays taken for a while after its actor is dead
+
+
+_LOOK_SECONDS = 1.0  # between two looks after the rollout actors that the workers ask
 
 
 class _SearchWorker:
@@ -39,46 +44,77 @@ class _SearchWorker:
         yield from searcher.search(cases)
         yield searcher.meter
 
+    @ray.method(concurrency_group="beside")
+    def ask(self, rollout_actors: list[Any]) -> None:
+        """Have completions made by these from now on; is heard while it searches."""
+        assert isinstance(self._searcher.pool, RolloutPool)
+        self._searcher.pool.replace(rollout_actors)
 
-SearchActor: Any = ray.remote(_SearchWorker)
+
+SearchActor: Any = ray.remote(concurrency_groups={"beside": 1})(_SearchWorker)  # type: ignore[call-overload]
 
 
 class SearchWorkers:
-    """The search workers of one stage. `searcher.pool` must be fit to travel: `RolloutPool.shared()`. Close them at the end."""
+    """The search workers of one stage. Close them at the end. A worker that dies is started again as long as `restarts` allow.
+
+    Args:
+        searcher: its pool must be fit to travel: `RolloutPool.shared()`.
+        pool: where the shared one comes from, tended while the workers ask it; None where they ask something else.
+    """
 
     def __init__(
-        self, searcher: Searcher, workers: int, resources: ActorResources, log_dir: Path, say: Callable[[str], None] = print
+        self,
+        searcher: Searcher,
+        workers: int,
+        resources: ActorResources,
+        log_dir: Path,
+        say: Callable[[str], None] = print,
+        pool: RolloutPool | None = None,
+        restarts: Restarts | None = None,
+        row_tries: int = 3,
+        quarantine: Quarantine | None = None,
     ) -> None:
-        share = resources.model_copy(update={"cpus": resources.cpus / workers, "threads": resources.threads or 1})
-        self._batch, self._say = searcher.how.batch, say
-        self._actors = [
-            SearchActor.options(**actor_options(share, f"search-{next(_NUMBERS)}", workers)).remote(
-                searcher, str(log_dir / f"search-{i}.log")
-            )
-            for i in range(workers)
-        ]
+        self._share = resources.model_copy(update={"cpus": resources.cpus / workers, "threads": resources.threads or 1})
+        self._searcher, self._workers, self._log_dir, self._say = searcher, workers, log_dir, say
+        self._pool, self._restarts, self._row_tries, self._quarantine = pool, restarts or Restarts(0, say), row_tries, quarantine
+        self._asked = pool.tend() if pool else []
+        self._started = 0
+        self._actors = [self._start() for _ in range(workers)]
         self.meter = Meter()
         """What all of them have cost."""
 
+    def _start(self) -> Any:
+        options = actor_options(self._share, f"search-{next(_NUMBERS)}", self._workers)
+        log_file = str(self._log_dir / f"search-{self._started}.log")
+        self._started += 1
+        searcher = replace(self._searcher, pool=self._pool.shared()) if self._pool else self._searcher
+        return SearchActor.options(**options).remote(searcher, log_file)
+
     def search(self, cases: Sequence[Case]) -> Iterator[Searched]:
-        """The trees, in the order in which they are finished.
+        """The trees, in the order in which they are finished; those of problems that could not be searched are left out, and
+        counted in the meter.
 
         Raises:
             ClusterError: every worker died, or one failed; a rollout pool without actors is a failure of theirs.
         """
-        waiting = deque(cases[start : start + self._batch] for start in range(0, len(cases), self._batch))
-        running: dict[Any, tuple[Any, Sequence[Case]]] = {}  # stream of results -> whose, and of what
+        parts = Parts(cases, self._searcher.how.batch, self._row_tries)
+        running: dict[Any, tuple[Any, Part]] = {}  # stream of results -> whose, and of what
         handed: set[str] = set()
+        look = time.monotonic() + _LOOK_SECONDS
 
         def feed(actor: Any) -> None:
-            if waiting:
-                part = waiting.popleft()
-                running[actor.search.options(num_returns="streaming").remote(part)] = (actor, part)
+            if part := parts.next():
+                running[actor.search.options(num_returns="streaming").remote(part.rows)] = (actor, part)
 
         for actor in self._actors:
             feed(actor)
         while running:
-            ready, _ = ray.wait(list(running), num_returns=1, fetch_local=False)
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK_SECONDS, fetch_local=False)
+            if time.monotonic() > look:
+                self._tend()
+                look = time.monotonic() + _LOOK_SECONDS
+            if not ready:
+                continue
             stream: Any = ready[0]
             actor, part = running[stream]
             try:
@@ -88,16 +124,23 @@ class SearchWorkers:
                 feed(actor)
             except RayActorError as error:
                 del running[stream]
-                waiting.appendleft(part)
                 self._lose(actor, error)
-                busy = {id(other) for other, _ in running.values()}
+                self._failed(parts, part, one_line(error), str(error), handed)
+                busy = {other for other, _ in running.values()}
                 for other in self._actors:
-                    if id(other) not in busy:
+                    if other not in busy:
                         feed(other)
             except RayTaskError as error:
-                raise ClusterError(
-                    f"a search worker failed: {type(error.cause).__name__}: {' '.join(str(error.cause).split())[:400]}"
-                ) from error
+                why = f"{type(error.cause).__name__}: {one_line(error.cause)}"
+                if isinstance(error.cause, ClusterError | SearchError):  # not the fault of a problem
+                    raise ClusterError(f"a search worker failed: {why}") from error
+                del running[stream]
+                self._failed(parts, part, why, str(error), handed)
+                feed(actor)
+            except ObjectLostError:
+                del running[stream]
+                parts.untried(part)
+                feed(actor)
             else:
                 if isinstance(one, Meter):
                     self.meter.add(one)
@@ -105,12 +148,30 @@ class SearchWorkers:
                     handed.add(one.problem)
                     yield one
 
+    def _failed(self, parts: Parts, part: Part, why: str, traceback: str, handed: Container[str]) -> None:
+        if parts.failed(part) or part.rows[0].problem.id in handed:
+            return
+        case: Case = part.rows[0]
+        self.meter.note("quarantined", f"{case.problem.id}: {why}")
+        if self._quarantine:
+            self._quarantine.add("search", case.problem.id, Quarantined(self._row_tries, why, traceback))
+
+    def _tend(self) -> None:
+        """Let the workers know of rollout actors that were started in the place of dead ones."""
+        now = self._pool.tend() if self._pool else []
+        if now != self._asked:
+            self._asked = now
+            for actor in self._actors:
+                actor.ask.remote(now)
+
     def _lose(self, actor: Any, error: RayActorError) -> None:
-        self._actors = [one for one in self._actors if one is not actor]
-        why = " ".join(str(error).split())[:400]
+        self._actors = [one for one in self._actors if one != actor]
+        if not error.actor_init_failed and self._restarts.take("a search worker", error):
+            self._actors.append(self._start())
+            return
         if not self._actors:
-            raise ClusterError(f"every search worker died; the last one: {why}") from error
-        self._say(f"a search worker died, {len(self._actors)} go on with its problems: {why}")
+            raise ClusterError(f"every search worker died; the last one: {one_line(error)}") from error
+        self._say(f"a search worker died, {len(self._actors)} go on with its problems: {one_line(error)}")
 
     def close(self) -> None:
         for actor in self._actors:

@@ -100,8 +100,14 @@ class Verifiers:
         values = workers.verifiers().step_values(folder, [(prompt_ids, surviving_ids)])
     """
 
-    def __init__(self, learner: Any, get: Callable[..., Any]) -> None:
-        self._learner, self._get = learner, get
+    def __init__(self, learner: Callable[[], Any], get: Callable[..., Any], persisting: Callable[[Callable[[], Any]], Any]) -> None:
+        """
+        Args:
+            learner: the one of now.
+            get: what it answers.
+            persisting: calls once more what has failed because it died.
+        """
+        self._learner, self._get, self._persisting = learner, get, persisting
 
     def fit_prm(
         self, source: Path, target: Path, rows: Sequence[Labelled], held_out: Sequence[Labelled], settings: PrmSettings,
@@ -109,7 +115,7 @@ class Verifiers:
     ) -> VerifierCurve:  # fmt: skip
         """Train a process reward model, see actors/prm.py."""
         some = (str(source.resolve()), str(target.resolve()), rows, held_out, settings, step_end_ids, stop_id, seed)
-        return self._watched(self._learner.fit_prm.remote(*some, str(resume.resolve())), show)
+        return self._watched(lambda: self._learner().fit_prm.remote(*some, str(resume.resolve())), show)
 
     def fit_head(
         self, policy: Path, target: Path, rows: Sequence[Labelled], held_out: Sequence[Labelled], settings: HeadSettings,
@@ -117,16 +123,16 @@ class Verifiers:
     ) -> VerifierCurve:  # fmt: skip
         """Train a verifier head, see actors/verifier_head.py."""
         some = (str(policy.resolve()), str(target.resolve()), rows, held_out, settings, seed)
-        return self._watched(self._learner.fit_head.remote(*some), show)
+        return self._watched(lambda: self._learner().fit_head.remote(*some), show)
 
     def step_values(self, folder: Path, solutions: Sequence[State]) -> list[tuple[float, ...]]:
         """For each (prompt, surviving ids) the process reward model's values of its steps."""
-        found: list[tuple[float, ...]] = self._get(self._learner.step_values.remote(str(folder.resolve()), solutions))
+        found: list[tuple[float, ...]] = self._asked(lambda: self._learner().step_values.remote(str(folder.resolve()), solutions))
         return found
 
     def values(self, folder: Path, rows: Sequence[Labelled]) -> list[tuple[float, ...]]:
         """Its values at the places of rows."""
-        found: list[tuple[float, ...]] = self._get(self._learner.values.remote(str(folder.resolve()), rows))
+        found: list[tuple[float, ...]] = self._asked(lambda: self._learner().values.remote(str(folder.resolve()), rows))
         return found
 
     def state_values(self, folder: Path) -> StateValues:
@@ -136,20 +142,28 @@ class Verifiers:
             HeadError: none in the folder, or one that does not fit together.
         """
         place = str(folder.resolve())
-        self._get(self._learner.value_of.remote(place, []))
-        return StateValues(self._learner, place)
+        self._asked(lambda: self._learner().value_of.remote(place, []))
+        return StateValues(self._learner(), place)
 
     def p_should_undo(self, policy: Path, folder: Path, rows: Sequence[Labelled]) -> list[tuple[float, ...]]:
         """The verifier head's probabilities at the places of rows, on the states of a policy."""
         paths = (str(policy.resolve()), str(folder.resolve()))
-        found: list[tuple[float, ...]] = self._get(self._learner.p_should_undo.remote(*paths, rows))
+        found: list[tuple[float, ...]] = self._asked(lambda: self._learner().p_should_undo.remote(*paths, rows))
         return found
 
-    def _watched(self, result: Any, show: Show) -> VerifierCurve:
-        while not ray.wait([result], timeout=_POLL_SECONDS)[0]:
-            answer = self._learner.verifier_progress.remote()
-            if ray.wait([answer, result], timeout=_POLL_SECONDS)[0] == [answer]:
-                show(self._get(answer, _SAVE))
-        curve: VerifierCurve = self._get(result, _SAVE)
-        show(curve)
-        return curve
+    def _asked(self, start: Callable[[], Any]) -> Any:
+        return self._persisting(lambda: self._get(start()))
+
+    def _watched(self, start: Callable[[], Any], show: Show) -> VerifierCurve:
+        def once() -> VerifierCurve:
+            result = start()
+            while not ray.wait([result], timeout=_POLL_SECONDS)[0]:
+                answer = self._learner().verifier_progress.remote()
+                if ray.wait([answer, result], timeout=_POLL_SECONDS)[0] == [answer]:
+                    show(self._get(answer, _SAVE))
+            curve: VerifierCurve = self._get(result, _SAVE)
+            show(curve)
+            return curve
+
+        found: VerifierCurve = self._persisting(once)
+        return found

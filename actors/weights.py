@@ -86,6 +86,8 @@ def check_weights(engine: Engine, probe: Probe, dtype: str, what: str) -> None:
     Raises:
         RuntimeError: they differ by more than rounding, so the engine does not generate with these weights.
     """
+    if engine.kind == "scripted":
+        return
     # No stop id can end a completion of one token early.
     sampling = Sampling(temperature=0, top_p=1, max_tokens=1, stop_id=0, logprobs=True)
     found = engine.generate([Request(prompt, 0) for prompt in probe.prompts], sampling)

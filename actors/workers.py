@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
 from actors.checks import HeldOut
-from actors.cluster import ClusterError, actor_options, ray_session
+from actors.cluster import ClusterError, LearnerDied, Restarts, actor_options, one_line, ray_session
 from actors.dpo import DpoActor, PairSet, Record
-from actors.engines import engine_kind
+from actors.engines import EngineKind, engine_kind
 from actors.grpo import GrpoActor, Report
 from actors.learner import Curve, DevCheck, LearnerActor
 from actors.learner_group import LearnerGroupActor
 from actors.memory import how_to_save, how_to_save_decoding, killed
 from actors.packing import TrainingSet
+from actors.parts import Quarantine
 from actors.policy import Policy, Sampled
 from actors.probe import ProbeRow
-from actors.rollout import RolloutPool
+from actors.rollout import QUARANTINE, RolloutPool
 from actors.search import Searcher
 from actors.search_workers import SearchWorkers
 from actors.verifier_actor import Verifiers
@@ -33,8 +35,9 @@ from pipeline.config import Settings, TrainSettings
 from pipeline.dpo_config import DpoSettings
 from pipeline.grpo_config import GrpoSettings
 
-EngineKind = Literal["vllm", "hf"]
+T = TypeVar("T")
 
+_NUMBERS = itertools.count()  # a name stays taken for a while after its actor is dead
 _POLL_SECONDS = 1.0
 _DECODE_ROWS = 512  # handed over at a time: enough to keep the decoder's slots full, and progress shows
 
@@ -44,6 +47,7 @@ class Workers:
 
     def __init__(self, settings: Settings, log_dir: Path, say: Callable[[str], None]) -> None:
         self._settings, self._log_dir, self._say = settings, log_dir.resolve(), say
+        self.restarts = Restarts(settings.cluster.restarts, say)
         self._ray: ExitStack | None = None
         self._pool: RolloutPool | None = None
         self._learner: Any = None
@@ -77,11 +81,16 @@ class Workers:
         if self._pool is None:
             settings = self._settings
             settings = settings.model_copy(update={"engine": settings.engine.model_copy(update={"kind": kind})})
-            self._pool = RolloutPool(settings, folder.resolve(), version, context, self._log_dir, self._say)
+            self._pool = RolloutPool(settings, folder.resolve(), version, context, self._log_dir, self._say, self.restarts)
             missing = kind == "hf" and self._settings.engine.kind == "auto" and engine_kind("auto") == "hf"
             self._say(f"engine: {self._pool.kind}" + (" (vLLM is not installed)" if missing else ""))
         self._pool.use(folder.resolve(), version)
+        self._pool.new_stage()
         return self._pool
+
+    def quarantine(self) -> Quarantine:
+        """Where a stage leaves rows that cannot be done."""
+        return Quarantine(self._settings.cluster.quarantine, self._log_dir / QUARANTINE)
 
     def fit(
         self,
@@ -98,19 +107,25 @@ class Workers:
         """Train the model of `source` in the learner, or its workers, and save it as `target`; `resume` is for checkpoints,
         `held_out` what it is checked on.
 
+        A learner that dies is started again and goes on from its last checkpoint, with the same weights in the end.
+
         Raises:
-            ClusterError: the learner died or could not be placed.
+            ClusterError: the learner died more often than cluster.restarts allow, or could not be placed.
         """
         group = self._settings.cluster.learner_workers > 1
-        learner, how = self._ready_group() if group else self._ready_learner(), how_to_save(settings)
-        kept = str(resume.resolve()) if resume else None
-        result = learner.fit.remote(str(source.resolve()), str(target.resolve()), data, settings, seed, check, kept, held_out)
-        while not ray.wait([result], timeout=_POLL_SECONDS)[0]:
-            answer = learner.progress.remote()
-            if ray.wait([answer, result], timeout=_POLL_SECONDS)[0] == [answer]:  # a busy learner answers at the next poll
-                on_progress(self._get(answer, how))
-        curve: Curve = self._get(result, how)
-        return curve
+        how, kept = how_to_save(settings), str(resume.resolve()) if resume else None
+
+        def once() -> Curve:
+            learner = self._ready_group() if group else self._ready_learner()
+            result = learner.fit.remote(str(source.resolve()), str(target.resolve()), data, settings, seed, check, kept, held_out)
+            while not ray.wait([result], timeout=_POLL_SECONDS)[0]:
+                answer = learner.progress.remote()
+                if ray.wait([answer, result], timeout=_POLL_SECONDS)[0] == [answer]:  # a busy learner answers at the next poll
+                    on_progress(self._get(answer, how))
+            curve: Curve = self._get(result, how)
+            return curve
+
+        return self._persisting(once)
 
     def dpo(
         self,
@@ -134,37 +149,45 @@ class Workers:
         """
         self.start()
         self._stop_learner()
-        options = actor_options(self._settings.cluster.learner, "dpo", 1)
-        actor = DpoActor.options(**options).remote(str(self._log_dir / "dpo.log"))
         how, told = "lower dpo.rows or dpo.row_tokens", 0
         folders = (str(source.resolve()), str(target.resolve()))
-        result = actor.fit.remote(*folders, data, settings, policy, seed, str(resume.resolve()))
-        try:
-            while not ray.wait([result], timeout=_POLL_SECONDS)[0]:
-                answer = actor.records.remote(told)
-                if ray.wait([answer, result], timeout=_POLL_SECONDS)[0] == [answer]:  # a busy learner answers at the next poll
-                    records: list[Record] = self._get(answer, how)
-                    on_records(records)
-                    told += len(records)
-            every: list[Record] = self._get(result, how)
-            on_records(every[told:])
-        finally:
-            ray.kill(actor)
+
+        def once() -> None:
+            nonlocal told
+            options = actor_options(self._settings.cluster.learner, f"dpo-{next(_NUMBERS)}", 1)
+            actor = DpoActor.options(**options).remote(str(self._log_dir / "dpo.log"))
+            result = actor.fit.remote(*folders, data, settings, policy, seed, str(resume.resolve()))
+            try:
+                while not ray.wait([result], timeout=_POLL_SECONDS)[0]:
+                    answer = actor.records.remote(told)
+                    if ray.wait([answer, result], timeout=_POLL_SECONDS)[0] == [answer]:  # a busy learner answers at the next poll
+                        records: list[Record] = self._get(answer, how)
+                        on_records(records)
+                        told += len(records)
+                every: list[Record] = self._get(result, how)
+                on_records(every[told:])
+            finally:
+                ray.kill(actor)
+
+        self._persisting(once)
 
     def grpo(self, folder: Path, settings: GrpoSettings, policy: Policy, seed: int) -> GrpoLearner:
         """A GRPO learner that starts from the model of `folder`, in the place of the learner; its user closes it."""
         self.start()
         self._stop_learner()
         cluster = self._settings.cluster
-        options = actor_options(cluster.learner, "grpo", 1)
+        options = actor_options(cluster.learner, f"grpo-{next(_NUMBERS)}", 1)
         actor = GrpoActor.options(**options).remote(str(folder.resolve()), settings, policy, seed, str(self._log_dir / "grpo.log"))
         return GrpoLearner(actor, cluster.start_timeout, self._settings.engine.dtype)
 
-    def search(self, searcher: Searcher) -> SearchWorkers:
-        """Search workers that ask the pool of `searcher`; their user closes them."""
+    def search(self, searcher: Searcher, pool: RolloutPool) -> SearchWorkers:
+        """Search workers that ask the pool of `searcher`, which is `pool` shared; their user closes them."""
         self.start()
         cluster = self._settings.cluster
-        return SearchWorkers(searcher, searcher.how.workers, cluster.judge, self._log_dir, self._say)
+        return SearchWorkers(
+            searcher, searcher.how.workers, cluster.judge, self._log_dir, self._say, pool, self.restarts, cluster.row_tries,
+            self.quarantine(),
+        )  # fmt: skip
 
     def watch(self, name: str, first_step: int) -> Watch:
         """Where a training's figures go while it runs, see actors/watch.py."""
@@ -172,12 +195,12 @@ class Workers:
 
     def probe(self, folder: Path, rows: Sequence[ProbeRow]) -> list[tuple[float, ...]]:
         """Log-probabilities of the asked tokens under the model of `folder`, see actors/probe.py."""
-        found: list[tuple[float, ...]] = self._get(self._ready_learner().probe.remote(str(folder.resolve()), rows))
+        found: list[tuple[float, ...]] = self.ask_learner("probe", str(folder.resolve()), rows)
         return found
 
     def verifiers(self) -> Verifiers:
         """Learned verifiers, trained and asked in the learner."""
-        return Verifiers(self._ready_learner(), self._get)
+        return Verifiers(self._ready_learner, self._get, self._persisting)
 
     def decode(
         self,
@@ -196,19 +219,31 @@ class Workers:
         Raises:
             ClusterError: the learner died or could not be placed.
         """
-        learner, slots = self._ready_learner(), self._settings.engine.max_num_seqs
+        slots = self._settings.engine.max_num_seqs
         found: list[Decoded] = []
         for start in range(0, len(requests), _DECODE_ROWS):
             batch = requests[start : start + _DECODE_ROWS]
-            done: list[Decoded] = self._get(learner.decode.remote(str(folder.resolve()), batch, decoding, slots, row_tokens))
+            done: list[Decoded] = self.ask_learner("decode", str(folder.resolve()), batch, decoding, slots, row_tokens)
             on_rows(len(done), sum(len(one.ids) for one in done))
             found += done
         return found
 
+    def ask_learner(self, method: str, *args: Any) -> Any:
+        """What the learner answers, asked again after it has died."""
+        return self._persisting(lambda: self._get(getattr(self._ready_learner(), method).remote(*args)))
+
+    def _persisting(self, once: Callable[[], T]) -> T:
+        while True:
+            try:
+                return once()
+            except LearnerDied as error:
+                if not self.restarts.take("the learner", error):
+                    raise
+
     def _ready_learner(self) -> Any:
         self.start()
         if self._learner is None:
-            options = actor_options(self._settings.cluster.learner, "learner", 1)
+            options = actor_options(self._settings.cluster.learner, f"learner-{next(_NUMBERS)}", 1)
             self._learner = LearnerActor.options(**options).remote(str(self._log_dir / "learner.log"))
             try:
                 ray.get(self._learner.progress.remote(), timeout=self._settings.cluster.start_timeout)
@@ -242,7 +277,7 @@ class Workers:
         except (RayActorError, OutOfMemoryError) as error:
             self._learner = self._group = None  # whoever asks again gets new ones
             how = how or how_to_save_decoding(self._settings.engine.max_num_seqs)
-            raise ClusterError(f"the learner died: {killed(error, how) or ' '.join(str(error).split())[:400]}") from error
+            raise LearnerDied(f"the learner died: {killed(error, how) or one_line(error)}") from error
 
 
 class GrpoLearner:
@@ -287,7 +322,7 @@ class GrpoLearner:
             raise error.cause if isinstance(error.cause, Exception) else error from error
         except (RayActorError, OutOfMemoryError) as error:
             how = "lower grpo.rows or grpo.row_tokens"
-            raise ClusterError(f"the GRPO learner died: {killed(error, how) or ' '.join(str(error).split())[:400]}") from error
+            raise LearnerDied(f"the GRPO learner died: {killed(error, how) or one_line(error)}") from error
 
 
 def curve_json(curve: Curve) -> dict[str, Any]:

@@ -30,4 +30,10 @@ class ClusterSettings(Section):
     batch_timeout: int = Field(
         3600, ge=1, le=604_800, description="Seconds a rollout actor may take for a batch before it is killed."
     )
-    restarts: int = Field(5, ge=0, le=100_000, description="Rollout actors started again after they died, in one run.")
+    restarts: int = Field(
+        20, ge=0, le=100_000, description="Rollout actors, search workers and learners started again after they died, in one run."
+    )
+    row_tries: int = Field(
+        3, ge=1, le=100, description="Tries of a row alone that fails, or kills its process, before it is left out."
+    )
+    quarantine: int = Field(10, ge=0, le=1_000_000, description="Rows left out in one stage, at most; more of them stop it.")

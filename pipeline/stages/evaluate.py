@@ -16,6 +16,7 @@ from datasets import Features, Value
 from datasets import List as ListOf
 
 from actors.engines import Completion, Request, Sampling
+from actors.parts import all_there
 from pipeline.backtrack.cursor import DecodeRequest, Decoding, Mode
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import Settings
@@ -230,7 +231,8 @@ def _generate(
     sampling = Sampling(temperature, asked.top_p, asked.max_tokens, codec.stop_id, banned)
     requests = [Request(one.prompt_ids, one.seed) for one in requests_of(settings, codec, problems)]
     pool = context.workers.pool(model.folder, model.version, context_length(context))
-    return pool.generate(requests, sampling, settings.rollouts.batch, on_rows)[0]
+    # Models are compared on the same problems: a test set that shrinks where a row fails would be another one.
+    return all_there(pool.generate(requests, sampling, settings.rollouts.batch, on_rows)[0])
 
 
 def evaluation_decoding(settings: Settings, codec: Codec, mode: Mode, temperature: float | None = None) -> Decoding:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -19,10 +19,12 @@ from statistics import fmean
 from typing import Any
 
 from actors.checkpoints import newest_step, save_step
-from actors.engines import parameters
+from actors.cluster import LearnerDied
+from actors.engines import EngineKind, parameters
+from actors.parts import all_there
 from actors.policy import Policy, Sampled
 from actors.rollout import RolloutPool
-from actors.workers import EngineKind, GrpoLearner
+from actors.workers import GrpoLearner
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding, Mode
 from pipeline.backtrack.tree import Walk
 from pipeline.stages.io import Codec, decoding_of, read_problems, write_json
@@ -62,14 +64,12 @@ def _train(context: Context, name: str, source: Path, target: Path, mode: Mode) 
     asked, seed = context.settings.grpo, context.settings.run.seed
     codec = Codec(source, context.settings.undo, context.settings.base.prompt)
     policy = Policy(codec.rule, context.settings.decode.rewinding, _bias(context, mode), codec.vocabulary)
-    learner = context.workers.grpo(source, asked, policy, seed)
     target.mkdir(parents=True, exist_ok=True)
+    loop = _Loop(context, name, source, codec, mode, lambda: context.workers.grpo(source, asked, policy, seed))
     try:
-        loop = _Loop(context, name, source, codec, mode, learner)
-        loop.run()
-        learner.save(target)
+        loop.run(target)
     finally:
-        learner.close()
+        loop.close()
     write_json(loop.history, target / HISTORY)
     return loop.history
 
@@ -113,8 +113,11 @@ class Batch:
 
 
 class _Loop:
-    def __init__(self, context: Context, name: str, source: Path, codec: Codec, mode: Mode, learner: GrpoLearner) -> None:
-        self._context, self._name, self._codec, self._mode, self._learner = context, name, codec, mode, learner
+    def __init__(
+        self, context: Context, name: str, source: Path, codec: Codec, mode: Mode, learner: Callable[[], GrpoLearner]
+    ) -> None:
+        self._context, self._name, self._source, self._codec, self._mode = context, name, source, codec, mode
+        self._new_learner, self._learner = learner, learner()
         self._asked, self._seed = context.settings.grpo, context.settings.run.seed
         problems = read_problems(context.inputs["problems"])
         train, dev = [one for one in problems if one.split == "train"], spread(problems, "dev", self._asked.check_problems)
@@ -122,15 +125,34 @@ class _Loop:
         self._dev = self._that_fit(dev)
         self._decoding = policy_decoding(context, codec, mode)
         self._rewards = Rewards(self._asked.reward, self._step_values if self._asked.reward.process_model else None)
-        self._pool = self._start_pool(source)
         self._kept = context.resume / name.replace("/", "-")
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pool = self._start_pool(self._source)
         self._drawn = 0  # problems so far
         self._empty = 0  # steps in a row without any spread
         self._step = 0
         self._waiting: list[Batch] = []  # rollouts that are older than the model, as `staleness` allows
         self.history: list[Record] = []
 
-    def run(self) -> None:
+    def run(self, target: Path) -> None:
+        """Train and save the model as `target`. A learner that dies is started again and goes on from the last checkpoint."""
+        while True:
+            try:
+                self._run()
+                return self._learner.save(target)
+            except LearnerDied as error:
+                if not self._context.workers.restarts.take("the GRPO learner", error):
+                    raise
+                self._learner.close()
+                self._learner = self._new_learner()
+                self._begin()
+
+    def close(self) -> None:
+        self._learner.close()
+
+    def _run(self) -> None:
         self._restore()
         with ExitStack() as stack:
             self._watch = stack.enter_context(self._context.workers.watch(self._name, self._step + 1))
@@ -197,8 +219,20 @@ class _Loop:
             for number, problem in enumerate(problems)
             for sample in range(group)
         ]
-        decoded, _ = self._pool.decode(requests, self._decoding, self._context.settings.rollouts.batch)
-        return Batch([problem.id for problem in problems], decoded, time.monotonic() - begun)
+        found, _ = self._pool.decode(requests, self._decoding, self._context.settings.rollouts.batch)
+        names, decoded = [], []
+        for number, problem in enumerate(problems):
+            rows = [one for one in found[number * group : number * group + group] if isinstance(one, Decoded)]
+            if len(rows) == group:
+                names.append(problem.id)
+                decoded += rows
+        batch = Batch(names, decoded, time.monotonic() - begun)
+        if len(names) == len(problems):
+            return batch
+        # A group without one of its rollouts has other advantages: another problem takes its place.
+        self._context.counts["quarantined"] = self._pool.quarantine.rows
+        other = self._roll(len(problems) - len(names))
+        return Batch(names + other.problems, decoded + other.decoded, batch.seconds + other.seconds)
 
     # Learning
 
@@ -355,12 +389,12 @@ class _Loop:
             decoded, _ = self._pool.decode(requests, decoding, settings.rollouts.batch)
             right = [
                 judge_of(problem).correct(problem, self._codec.decode(one.surviving).text)
-                for problem, one in zip(self._dev, decoded, strict=True)
+                for problem, one in zip(self._dev, all_there(decoded), strict=True)
             ]
             if mode == "forbidden":
                 found["first_try_accuracy"] = fmean(right)
             else:
-                found |= {"greedy_accuracy": fmean(right), "greedy_undo_rate": fmean(one.undos > 0 for one in decoded)}
+                found |= {"greedy_accuracy": fmean(right), "greedy_undo_rate": fmean(one.undos > 0 for one in all_there(decoded))}
         return found
 
     # Checkpoints

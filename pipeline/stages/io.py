@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,22 @@ def read_rows(folder: Path) -> Dataset:
         features = DatasetInfo.from_directory(str(folder)).features
         return Dataset.from_dict({name: [] for name in features}, features=features)
     return load_from_disk(str(folder))
+
+
+def with_rollouts(
+    verdicts: Iterable[Mapping[str, Any]], rollouts: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Verdicts, each with its rollout. Both in the same order; rollouts that could not be judged have none.
+
+    Raises:
+        ValueError: a verdict whose rollout is not there.
+    """
+    rows = iter(rollouts)
+    for verdict in verdicts:
+        rollout = next((row for row in rows if row["id"] == verdict["id"]), None)
+        if rollout is None:
+            raise ValueError(f"a verdict on {verdict['id']}, which is not among the rollouts")
+        yield verdict, rollout
 
 
 def read_problems(folder: Path, split: str | None = None) -> list[Problem]:

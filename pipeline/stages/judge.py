@@ -11,6 +11,7 @@ from datasets import Features, List, Value
 from actors.engines import Sampling
 from actors.judge import Judged, judge_all
 from actors.localise import Case, Found, Localiser
+from actors.parts import Quarantined
 from pipeline.stages.graph import samples_prefixes
 from pipeline.stages.io import Codec, Text, read_problems, read_rows, write_rows
 from pipeline.stages.rollouts import context_length
@@ -52,11 +53,16 @@ def run(context: Context) -> None:
     texts = [codec.decode(ids) for ids in rollouts["token_ids"]]
     pairs = [(problems[problem], text.text) for problem, text in zip(rollouts["problem"], texts, strict=True)]
     context.workers.start()
-    judged: list[Judged] = []
+    found: list[Judged | Quarantined] = []
     with context.terminal.stage("judge", len(pairs)) as progress:
-        for batch in judge_all(pairs, settings.judge.batch, settings.cluster.judge):
-            judged += batch
-            progress.update(len(judged))
+        for batch in judge_all(pairs, settings.judge.batch, settings.cluster.judge, settings.cluster.row_tries):
+            found += batch
+            progress.update(len(found))
+    judged = [one for one in found if isinstance(one, Judged)]
+    if len(judged) < len(found):
+        _leave_out(context, rollouts["id"], found)
+        kept = [row for row, one in enumerate(found) if isinstance(one, Judged)]
+        rollouts, texts, pairs = rollouts.select(kept), [texts[row] for row in kept], [pairs[row] for row in kept]
     methods = ["exact" if judge_of(problem).exact else "symbolic" for problem, _ in pairs]
     continuations: dict[int, tuple[int, ...]] = {}
     if samples_prefixes(settings):
@@ -74,6 +80,16 @@ def run(context: Context) -> None:
     located = sum(one.attempt is not None for one in judged)
     flawed = sum(one.verdict.correct and one.verdict.error is not None for one in judged)
     context.counts.update(rows=len(rows), right=right, wrong=len(rows) - right, located=located, right_with_a_wrong_step=flawed)
+
+
+def _leave_out(context: Context, ids: Sequence[str], found: Sequence[Judged | Quarantined]) -> None:
+    """Count and name the rollouts that could not be judged: nothing is learned from them, in neither direction."""
+    quarantine = context.workers.quarantine()
+    for row_id, one in zip(ids, found, strict=True):
+        if isinstance(one, Quarantined):
+            context.terminal.warn(f"judge: {row_id} is left out after {one.tries} tries (cluster.row_tries): {one.why}")
+            quarantine.add("judge", row_id, one)
+    context.counts["quarantined"] = quarantine.rows
 
 
 def _by_rollouts(

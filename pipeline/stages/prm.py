@@ -17,6 +17,7 @@ from typing import Any
 from actors.engines import Completion, Request, Sampling
 from actors.judge import judge_rows
 from actors.labelled import Labelled, linear
+from actors.parts import all_there
 from actors.prm import VerifierCurve, solution_score
 from actors.verifier_head import FILE as HEAD
 from pipeline.backtrack.cursor import Signal
@@ -69,7 +70,7 @@ def own_solutions(context: Context, codec: Codec, problems: Sequence[Problem]) -
     pool = context.workers.pool(context.inputs["model"], context.digests["model"], context_length(context))
     sampling = Sampling(1.0, 1.0, settings.rollouts.max_tokens, codec.stop_id, (codec.rule.undo_id, *codec.spare_ids))
     requests = [Request(codec.prompt_ids(one), row_seed(settings.run.seed, f"prm/{one.id}")) for one in chosen]
-    return chosen, pool.generate(requests, sampling, settings.rollouts.batch)[0]
+    return chosen, all_there(pool.generate(requests, sampling, settings.rollouts.batch)[0])
 
 
 def solutions_of(problems: Sequence[Problem], completions: Sequence[Completion], codec: Codec) -> list[Solution]:

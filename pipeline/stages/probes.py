@@ -12,6 +12,7 @@ from typing import Any
 from actors.checks import Decodes, Graded, HeldOut, HeldOutError
 from actors.engines import Completion, Request, Sampling
 from actors.judge import judge_rows
+from actors.parts import all_there
 from actors.probe import ProbeRow
 from pipeline.backtrack.cursor import DecodeRequest, Mode
 from pipeline.backtrack.trace import Detour, WrongTry, build_trace
@@ -57,7 +58,7 @@ def own_errors(context: Context, folder: Path, version: str, problems: Sequence[
     sampling = Sampling(1.0, 1.0, settings.rollouts.max_tokens, codec.stop_id, (codec.rule.undo_id, *codec.spare_ids))
     requests = [Request(codec.prompt_ids(p), row_seed(settings.run.seed, f"probe/{p.id}")) for p in problems]
     completions, _ = pool.generate(requests, sampling, settings.rollouts.batch)
-    return cases_of(problems, completions, codec)
+    return cases_of(problems, all_there(completions), codec)
 
 
 def cases_of(problems: Sequence[Problem], completions: Sequence[Completion], codec: Codec) -> list[Case]:

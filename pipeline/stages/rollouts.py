@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from datasets import Features, List, Value
 
 from actors.engines import Completion, Request, Sampling
-from actors.rollout import OnRows, RolloutPool
-from pipeline.backtrack.cursor import Decoded, DecodeRequest
+from actors.parts import Quarantined
+from actors.rollout import Method, OnRows, RolloutPool
+from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import Settings
 from pipeline.stages.graph import longest_completion
 from pipeline.stages.io import Codec, decoding_of, read_problems, write_rows
+from pipeline.stages.kept import Kept, tuples
 from pipeline.stages.stage import Context, StageError
 from pipeline.tasks.problem import Problem
 
@@ -64,28 +66,56 @@ def run(context: Context) -> None:
             seeds = [row_seed(settings.run.seed, ids[i]) for i in some]
             wanted = [DecodeRequest(prompts[i], seed) for i, seed in zip(some, seeds, strict=True)]
             if wanted:
-                found, version = _tries(pool, wanted, settings, temperature, codec, on_rows)
-                completions.update(zip(some, found, strict=True))
-    rows = [_row(ids[i], prompts[i], completions[i], hot[i], version) for i in fits]
+                with Kept(context.resume / f"{'hot' if is_hot else 'plain'}.jsonl") as kept:
+                    version = _tries(pool, [ids[i] for i in some], wanted, settings, temperature, codec, on_rows, kept)
+                    found = {i: kept.found[ids[i]] for i in some if ids[i] in kept.found}
+                completions.update((i, Completion(*tuples(one[:3]))) for i, one in found.items())
+    rows = [_row(ids[i], prompts[i], completions[i], hot[i], version) for i in fits if i in completions]
     write_rows(rows, FEATURES, context.out)
     cut = sum(completion.finish == "length" for completion in completions.values())
     context.counts.update(rows=len(rows), tokens=tokens[0], cut_at_max_tokens=cut, prompt_too_long=too_long)
+    if lost := [ids[i] for i in fits if i not in completions]:
+        context.counts["quarantined"] = len(lost)
+        context.terminal.warn(f"rollouts: {len(lost)} rows could not be made and are left out: {', '.join(lost)}")
 
 
 def _tries(
-    pool: RolloutPool, wanted: Sequence[DecodeRequest], settings: Settings, temperature: float, codec: Codec, on_rows: OnRows
-) -> tuple[list[Completion], str]:
+    pool: RolloutPool,
+    ids: Sequence[str],
+    wanted: Sequence[DecodeRequest],
+    settings: Settings,
+    temperature: float,
+    codec: Codec,
+    on_rows: OnRows,
+    kept: Kept,
+) -> str:
     """First tries, or what survives of tries with undo: errors that the model has not taken back, each in the state it was made in.
 
-    Decoding without undo is plain generation, which engines do faster.
+    Decoding without undo is plain generation, which engines do faster. Puts [ids, logprobs, finish, tokens spent] of each row into
+    `kept`, as batches come; rows that are there already are not asked for. Returns the version of the weights.
     """
     asked, spent = settings.rollouts, (temperature, settings.rollouts.top_p, settings.rollouts.max_tokens)
+    had = [kept.found[one][-1] for one in ids if one in kept.found]
+    on_rows(len(had), sum(had))
+    missing = [at for at, one in enumerate(ids) if one not in kept.found]
+    requests: list[DecodeRequest] | list[Request] = [wanted[at] for at in missing]
+    how: Decoding | Sampling = decoding_of(codec, settings.decode, "rewind", *spent)
+    method: Method = "decode"
     if asked.mode == "forbidden":
-        requests = [Request(one.prompt_ids, one.seed) for one in wanted]
-        sampling = Sampling(*spent, codec.stop_id, (codec.rule.undo_id, *codec.spare_ids), logprobs=asked.logprobs)
-        return pool.generate(requests, sampling, asked.batch, on_rows)
-    done, version = pool.decode(wanted, decoding_of(codec, settings.decode, "rewind", *spent), asked.batch, on_rows)
-    return [_surviving(one, codec) for one in done], version
+        requests = [Request(one.prompt_ids, one.seed) for one in requests]
+        how = Sampling(*spent, codec.stop_id, (codec.rule.undo_id, *codec.spare_ids), logprobs=asked.logprobs)
+        method = "generate"
+    for start, batch in pool.stream(method, requests, how, asked.batch):
+        made = {}
+        for at, one in enumerate(batch.done, start):
+            if not isinstance(one, Quarantined):
+                row, spent_tokens = (
+                    (_surviving(one, codec), len(one.ids)) if isinstance(one, Decoded) else (one, len(one.token_ids))
+                )
+                made[ids[missing[at]]] = [row.token_ids, row.logprobs, row.finish, spent_tokens]
+        kept.add(made)
+        on_rows(len(batch.done), sum(row[-1] for row in made.values()))
+    return pool.version
 
 
 def _surviving(one: Decoded, codec: Codec) -> Completion:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from datasets import Features, List, Value
 
-from actors.engines import Request, Sampling
+from actors.engines import Completion, Request, Sampling
 from actors.heads import HeadError
 from actors.mcts import Vocabulary
 from actors.rollout import RolloutPool
@@ -23,6 +23,7 @@ from pipeline.backtrack.searched import Searched, pairs, step_values
 from pipeline.config import UndoSettings
 from pipeline.search_page import Drawn, draw, render
 from pipeline.stages.io import Codec, read_problems, write_json, write_rows
+from pipeline.stages.kept import Kept, tuples
 from pipeline.stages.prm import MODEL as PRM
 from pipeline.stages.rollouts import context_length, row_seed, within_context
 from pipeline.stages.stage import Context, StageError
@@ -102,16 +103,17 @@ def run(context: Context) -> None:
         context.terminal.info("search: no process reward model has been trained yet: simulations of this round run to the end")
         how = how.model_copy(update={"rollout": "end"})
     searcher = Searcher(pool.shared(), how, words, settings.run.seed, settings.rollouts.batch, ends_right, values)
-    workers = context.workers.search(searcher)
-    found: dict[str, Searched] = {}
+    workers = context.workers.search(searcher, pool)
     try:
-        with context.terminal.stage("search", len(cases)) as progress:
-            for tree in workers.search(cases):
+        with context.terminal.stage("search", len(cases)) as progress, Kept(context.resume / "trees.jsonl") as kept:
+            found = {problem: Searched(*tuples(tree)) for problem, tree in kept.found.items()}
+            for tree in workers.search([case for case in cases if case.problem.id not in found]):
+                kept.add({tree.problem: astuple(tree)})
                 found[tree.problem] = tree
                 progress.update(len(found), f"{sum(one.solved for one in found.values())} solved")
     finally:
         workers.close()
-    trees = [found[case.problem.id] for case in cases]
+    trees = [found[case.problem.id] for case in cases if case.problem.id in found]
     _write(context, codec, {case.problem.id: case.problem for case in cases}, trees)
     _say(context, trees, workers.meter)
 
@@ -142,8 +144,10 @@ def _cases(context: Context, codec: Codec, pool: RolloutPool, ends_right: EndsRi
     greedy = Sampling(0.0, 1.0, how.max_tokens, codec.stop_id, (codec.rule.undo_id, *codec.spare_ids))
     requests = [Request(case.prompt, row_seed(settings.run.seed, case.problem.id)) for case in cases]
     made, _ = pool.generate(requests, greedy, settings.rollouts.batch)
-    failed = [case for case, one in zip(cases, made, strict=True) if not ends_right(case.problem, one.token_ids)]
-    context.counts["right_greedily"] = len(cases) - len(failed)
+    # Whoever could not be tried is searched all the same: that the model solves it is not known.
+    right = [isinstance(one, Completion) and ends_right(case.problem, one.token_ids) for case, one in zip(cases, made, strict=True)]
+    failed = [case for case, solved in zip(cases, right, strict=True) if not solved]
+    context.counts["right_greedily"] = sum(right)
     return failed
 
 

@@ -15,7 +15,7 @@ from pipeline.backtrack.harvest import SearchTree, harvest
 from pipeline.backtrack.inject import aligned_injection, random_injection, trivial_ids
 from pipeline.backtrack.trace import Detour, Role, Trace, WrongTry, build_trace, last_detour
 from pipeline.config import TraceSettings
-from pipeline.stages.io import Codec, read_rows
+from pipeline.stages.io import Codec, read_rows, with_rollouts
 from pipeline.stages.stage import StageError
 from pipeline.tasks.problem import Problem
 from verifiers.tasks import judge_of
@@ -76,7 +76,7 @@ def sort_rollouts(
 ) -> Judged:
     """Sort the judged rollouts of a round. Training problems alone: any other is a KeyError."""
     judged = Judged()
-    for verdict, rollout in zip(verdicts, rollouts, strict=True):
+    for verdict, rollout in with_rollouts(verdicts, rollouts):
         problem = problems[verdict["problem"]]
         if verdict["correct"]:
             if verdict["error_step"] < 0 and rollout["finish"] == "stop":

@@ -20,7 +20,7 @@ from pipeline.backtrack.layout import Segment
 from pipeline.backtrack.targets import Form, Targets, segments
 from pipeline.backtrack.trace import Trace
 from pipeline.backtrack.undo import UndoRule
-from pipeline.stages.io import read_rows
+from pipeline.stages.io import read_rows, with_rollouts
 from pipeline.stages.stage import StageError
 
 
@@ -90,7 +90,7 @@ def judged_solutions(rollouts: Iterable[Mapping[str, Any]], judged: Iterable[Map
             rollout["problem"], rollout["prompt_ids"], rollout["token_ids"], verdict["correct"], verdict["error_tokens"][0], rule,
             stop_id,
         )
-        for rollout, verdict in zip(rollouts, judged, strict=True)
+        for verdict, rollout in with_rollouts(judged, rollouts)
     ]  # fmt: skip
     kept = [one for one in found if one is not None]
     return kept, len(found) - len(kept)

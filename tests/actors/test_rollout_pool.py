@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.cluster import ClusterError
 from actors.decode import HfDecoder
+from actors.parts import Quarantine, Quarantined, TooManyQuarantined, all_there
 from actors.policy import Policy, Sampled
 from actors.rollout import RolloutPool
 from actors.weights import Weights
@@ -110,7 +113,7 @@ def test_a_dead_actor_is_started_again_with_the_weights_of_now(
     found, version = pool.decode(REQUESTS, how, 4)
     assert (ids(found), version) == (ids(expected(folders["two"])), "two")
     assert [line.split(":")[0] for line in said] == [
-        f"a rollout actor died and is started again, {left} times more at most" for left in (4, 3)
+        f"a rollout actor died and is started again, {left} times more at most" for left in (19, 18)
     ]
     ray.kill(pool._actors[1])
     pool.use(folders["one"], "one")  # one answers, the other begins with them
@@ -131,6 +134,111 @@ def test_an_actor_that_hangs_is_killed_and_started_again(
     pool.close()
 
 
+def test_a_stream_takes_requests_as_it_goes_and_gives_each_place_once(pool: RolloutPool, folders: dict[str, Path]) -> None:
+    taken, most_ahead, got = 0, 0, {}
+
+    def source() -> Iterator[DecodeRequest]:
+        nonlocal taken
+        for request in REQUESTS:
+            taken += 1
+            yield request
+
+    for start, batch in pool.stream("decode", source(), decoding_of(folders["one"])[1], 2):
+        assert start not in got and batch.version == "one"
+        got[start] = batch.done
+        most_ahead = max(most_ahead, taken - sum(map(len, got.values())))
+    assert [one.ids for start in sorted(got) for one in got[start]] == ids(expected(folders["one"]))
+    assert most_ahead <= 2 * 2 * 2  # actors, batches of an actor, rows of a batch
+
+
+def poisoned(pool: RolloutPool, seed: int, kind: str) -> None:
+    """Make a row impossible for the engines that run now."""
+
+    def poison(self: Any) -> None:
+        decode = self._engine.decode
+
+        def patched(requests: Any, decoding: Any) -> Any:
+            if any(one.seed == seed for one in requests):
+                if kind == "dies":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise ValueError("cannot be done")
+            return decode(requests, decoding)
+
+        self._engine.decode = patched
+
+    for actor in pool._actors:
+        ray.get(actor.__ray_call__.remote(poison))
+
+
+def test_a_row_that_its_engine_raises_on_is_found_and_left_out(
+    pool: RolloutPool, folders: dict[str, Path], said: list[str], tmp_path: Path
+) -> None:
+    poisoned(pool, 13, "raises")
+    how = decoding_of(folders["one"])[1]
+    found, _ = pool.decode(REQUESTS, how, 8)
+    lost = found.pop(13)
+    assert isinstance(lost, Quarantined) and (lost.tries, lost.why) == (3, "ValueError: cannot be done")
+    assert "in patched" in lost.traceback
+    assert ids(found) == [one for at, one in enumerate(ids(expected(folders["one"]))) if at != 13]
+    assert said == ["a row is left out after 3 tries (cluster.row_tries) of decode: ValueError: cannot be done"]
+    kept = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert len(kept) == 1 and "seed=13" in kept[0]["row"] and kept[0]["traceback"] == lost.traceback
+    with pytest.raises(ClusterError, match=r"row 2 failed 3 times \(cluster.row_tries\): ValueError: cannot be done"):
+        all_there(pool.decode(REQUESTS[12:15], how, 8)[0])
+
+
+def test_more_rows_left_out_than_allowed_end_it(pool: RolloutPool, folders: dict[str, Path], said: list[str]) -> None:
+    poisoned(pool, 13, "raises")
+    pool.quarantine = Quarantine(1, pool._log_dir / "quarantine.jsonl")
+    how = decoding_of(folders["one"])[1]
+    with pytest.raises(
+        TooManyQuarantined, match=r"^2 rows failed 3 times each .* more than cluster.quarantine=1; the last one, in"
+    ):
+        pool.decode([REQUESTS[13], REQUESTS[13], REQUESTS[1]], how, 8)
+
+
+def test_a_row_that_its_engine_dies_of_is_left_out(
+    workers: Workers, folders: dict[str, Path], said: list[str], tmp_path: Path
+) -> None:
+    """Beside it stands a batch that waits in the same actor: nothing is held against that one."""
+    cluster = SETTINGS.cluster.model_copy(update={"rollout_actors": 1, "row_tries": 2})
+    pool = RolloutPool(SETTINGS.model_copy(update={"cluster": cluster}), folders["one"], "one", ROW_TOKENS, tmp_path, said.append)
+    poisoned(pool, 0, "dies")
+    start = pool._start
+
+    def start_poisoned() -> Any:
+        pool._actors, before = [start()], pool._actors
+        poisoned(pool, 0, "dies")
+        started, pool._actors = pool._actors[0], before
+        return started
+
+    pool._start = start_poisoned  # type: ignore[method-assign]
+    found, _ = pool.decode(REQUESTS[:4], decoding_of(folders["one"])[1], 1)
+    assert isinstance(found[0], Quarantined) and ids(found[1:]) == ids(expected(folders["one"])[1:4])
+    assert [line.split(":")[0] for line in said] == [
+        "a rollout actor died and is started again, 19 times more at most",
+        "a rollout actor died and is started again, 18 times more at most",
+        "a row is left out after 2 tries (cluster.row_tries) of decode",
+    ]
+    pool.close()
+
+
+def test_whoever_shares_the_pool_gets_to_know_of_new_actors(pool: RolloutPool, folders: dict[str, Path], said: list[str]) -> None:
+    """As a search worker has it: this process does not ask, it only looks after the actors."""
+    shared, how = pool.shared(), decoding_of(folders["one"])[1]
+    ray.get([actor.ready.remote() for actor in pool.tend()])
+    assert said == []
+    for actor in pool.tend():
+        ray.kill(actor)
+    with ThreadPoolExecutor(1) as other:
+        asked = other.submit(shared.decode, REQUESTS, how, 4)
+        while not asked.done():
+            shared.replace(pool.tend())
+            wait([asked], timeout=0.5)
+    assert ids(asked.result()[0]) == ids(expected(folders["one"]))
+    assert len(said) == 2
+
+
 def test_a_model_that_does_not_load_is_not_tried_again(workers: Workers, folders: dict[str, Path], tmp_path: Path) -> None:
     said: list[str] = []
     with pytest.raises(ClusterError, match="a rollout actor did not start: "):
@@ -139,7 +247,7 @@ def test_a_model_that_does_not_load_is_not_tried_again(workers: Workers, folders
 
 
 def test_what_a_dead_actor_had_in_work_is_done_by_another(pool: RolloutPool, folders: dict[str, Path], said: list[str]) -> None:
-    pool._restarts = 0
+    pool._restarts.left = 0
     ray.kill(pool._actors[0])
     found, _ = pool.decode(REQUESTS, decoding_of(folders["one"])[1], 4)
     assert ids(found) == ids(expected(folders["one"]))

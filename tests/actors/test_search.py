@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import ray
 
-from actors.cluster import ClusterError
+from actors.cluster import ClusterError, Restarts
 from actors.engines import Completion, Request, Sampling
 from actors.mcts import Tree
+from actors.parts import Quarantine, Quarantined
 from actors.search import Case, Searcher, SearchError
 from actors.search_workers import SearchWorkers
 from actors.verifier_actor import StateValues
@@ -173,6 +174,13 @@ class Mortal:
         return Language().generate(requests, sampling, batch)
 
 
+def deadly(one: Problem, ids: tuple[int, ...]) -> bool:
+    """A judge that kills whoever asks it about one problem."""
+    if one.id == "1":
+        os._exit(1)
+    return right(one, ids)
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     root = str(Path(__file__).resolve().parents[2])
@@ -220,6 +228,42 @@ def test_workers_ask_one_actor_what_states_are_worth(cluster: None, tmp_path: Pa
             list(started.search(CASES))
     finally:
         started.close()
+
+
+def test_a_dead_worker_is_started_again(cluster: None, tmp_path: Path) -> None:
+    said: list[str] = []
+    restarts = Restarts(1, said.append)
+    mortal = searcher(Mortal(str(tmp_path / "dead")))
+    started = SearchWorkers(mortal, 1, ActorResources(cpus=0.5), tmp_path, said.append, restarts=restarts)
+    assert by_problem(started.search(CASES)) == by_problem(searcher().search(CASES))
+    assert len(said) == 1 and said[0].startswith("a search worker died and is started again, 0 times more at most")
+    started.close()
+
+
+def test_a_problem_that_its_worker_dies_of_is_left_out(cluster: None, tmp_path: Path) -> None:
+    said: list[str] = []
+    kept = Quarantine(1, tmp_path / "quarantine.jsonl")
+    started = SearchWorkers(
+        searcher(is_right=deadly), 1, ActorResources(cpus=0.5), tmp_path, said.append, restarts=Restarts(99, said.append),
+        row_tries=2, quarantine=kept,
+    )  # fmt: skip
+    found = by_problem(started.search(CASES))
+    expected = by_problem(searcher().search(CASES))
+    del expected[CASES[1].problem.id]
+    assert found == expected and started.meter.failed["quarantined"] == kept.rows == 1
+    started.close()
+
+
+def test_a_tree_whose_completion_cannot_be_made_is_left_out() -> None:
+    class Lossy(Language):
+        def generate(self, requests: Sequence[Request], sampling: Sampling, batch: int = 0) -> Any:
+            made, version = super().generate(requests, sampling, batch)
+            return [Quarantined(3, "no"), *made[1:]] if len(self.calls) == 1 else made, version
+
+    one, expected = searcher(Lossy()), by_problem(searcher().search(CASES))
+    del expected["0"]
+    assert by_problem(one.search(CASES)) == expected
+    assert one.meter.failed["quarantined"] == 1 and one.meter.examples["quarantined"] == "0: no"
 
 
 def test_a_worker_that_fails_says_why(cluster: None, tmp_path: Path) -> None:

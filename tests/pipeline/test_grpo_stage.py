@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from actors.cluster import LearnerDied, Restarts
 from actors.engines import HfEngine, parameters
 from actors.grpo import Grpo, Report
 from actors.policy import Policy, Sampled
@@ -72,12 +73,14 @@ class Killed(BaseException):
 class Learner:
     """A GrpoLearner without an actor."""
 
-    def __init__(self, model: Grpo, killed_at: int | None) -> None:
-        self.model, self.killed_at, self.rollouts = model, killed_at, list[list[Sampled]]()
+    def __init__(self, model: Grpo, killed_at: int | None, dies_at: int | None = None) -> None:
+        self.model, self.killed_at, self.dies_at, self.rollouts = model, killed_at, dies_at, list[list[Sampled]]()
 
     def learn(self, groups: Sequence[Sequence[int]], rollouts: Sequence[Sampled]) -> Report:
         if self.model.step == self.killed_at:
             raise Killed
+        if self.model.step == self.dies_at:
+            raise LearnerDied("the GRPO learner died: killed")
         self.rollouts.append(list(rollouts))
         return self.model.learn(groups, rollouts)
 
@@ -125,6 +128,8 @@ class Run:
     def __init__(self, inputs: dict[str, Path], folder: Path, settings: Settings) -> None:
         self.inputs, self.folder, self.settings, self.terminal = inputs, folder, settings, Terminal()
         self.learners: list[Learner] = []
+        self.dies_at: list[int] = []
+        """Step at which a learner dies, one learner after the other."""
         self.pools: list[Pool] = []
 
     def start(self, killed_at: int | None = None) -> list[dict[str, Any]]:
@@ -132,7 +137,8 @@ class Run:
             settings=self.settings, round=1, out=self.folder / "out", resume=self.folder / "resume", counts={},
             inputs=self.inputs, digests={"sft": "s"}, terminal=self.terminal,
             workers=SimpleNamespace(
-                grpo=lambda *given: self._learner(killed_at, *given), pool=self._pool, watch=partial(Watch, self.folder / "logs")
+                grpo=lambda *given: self._learner(killed_at, *given), pool=self._pool, watch=partial(Watch, self.folder / "logs"),
+                restarts=Restarts(2, self.terminal.warn),
             ),
         )  # fmt: skip
         grpo.run(cast(Context, context))
@@ -141,7 +147,8 @@ class Run:
         return found
 
     def _learner(self, killed_at: int | None, folder: Path, settings: GrpoSettings, policy: Policy, seed: int) -> Learner:
-        self.learners.append(Learner(Grpo(folder, settings, policy, seed), killed_at))
+        dies_at = self.dies_at[len(self.learners)] if len(self.learners) < len(self.dies_at) else None
+        self.learners.append(Learner(Grpo(folder, settings, policy, seed), killed_at, dies_at))
         return self.learners[-1]
 
     def _pool(self, folder: Path, version: str, context: int, kind: Any) -> Pool:
@@ -181,6 +188,22 @@ def test_a_killed_run_ends_with_the_same_weights(inputs: dict[str, Path], tmp_pa
     assert differ(whole.weights(), load_file(inputs["sft"] / "model.safetensors"))
     assert killed.counts == whole.counts == {"rows": 48, "steps": 4, "tokens": sum(one.get("tokens", 0) for one in history)}
     assert len(killed.learners[-1].rollouts) == 1  # only what was left is done again
+
+
+@pytest.mark.parametrize("more", [{}, {"staleness": 2}])
+def test_a_learner_that_dies_is_started_again_from_its_checkpoint(
+    inputs: dict[str, Path], tmp_path: Path, more: dict[str, Any]
+) -> None:
+    """Before its first checkpoint, and behind it."""
+    whole, mortal = Run(inputs, tmp_path / "whole", settings_of(**more)), Run(inputs, tmp_path / "mortal", settings_of(**more))
+    mortal.dies_at = [0, 3]
+    assert without_times(mortal.start()) == without_times(whole.start())
+    assert not differ(mortal.weights(), whole.weights()) and mortal.counts == whole.counts
+    assert [len(one.rollouts) for one in mortal.learners] == [0, 3, 1]
+    assert [line.partition(",")[0] for line in mortal.terminal.warnings] == ["the GRPO learner died and is started again"] * 2
+    mortal.dies_at, mortal.learners = [3, 3, 3], []
+    with pytest.raises(LearnerDied):
+        mortal.start()
 
 
 def test_figures_are_watched_while_it_runs(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +13,8 @@ from datasets import load_from_disk
 
 from actors.decode import HfDecoder
 from actors.engines import HfEngine
+from actors.parts import Quarantined
+from actors.rollout import Batch
 from pipeline.backtrack.cursor import DecodeRequest
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import DecodeSettings, EngineSettings, EvaluateSettings, RolloutSettings, Settings, UndoSettings
@@ -41,26 +43,77 @@ def settings_of(mode: Any) -> Settings:
     )
 
 
+class Pool:
+    """One engine, which fails on the rows with these seeds and dies after so many batches."""
+
+    version = "v"
+
+    def __init__(self, folder: Path, settings: Settings, failing: Container[int] = (), batches: int = 999) -> None:
+        self.engine, self.failing, self.left = HfEngine.from_folder(folder, settings.engine, CONTEXT), failing, batches
+        self.asked: list[int] = []
+
+    def stream(self, method: str, requests: Sequence[Any], how: Any, batch: int) -> Iterator[tuple[int, Batch]]:
+        for start in reversed(range(0, len(requests), batch)):
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            some = requests[start : start + batch]
+            self.asked += [one.seed for one in some]
+            done = getattr(self.engine, method)(some, how)
+            lost = Quarantined(3, "ValueError: no")
+            yield start, Batch([lost if one.seed in self.failing else row for one, row in zip(some, done, strict=True)], "v")
+
+
 class Terminal:
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
     @contextmanager
     def stage(self, *_: Any) -> Iterator[Any]:
         yield SimpleNamespace(update=lambda *_: None)
 
-    def warn(self, text: str) -> None: ...
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
 
-def rows_of(inputs: dict[str, Path], out: Path, settings: Settings) -> list[dict[str, Any]]:
-    engine = HfEngine.from_folder(inputs["model"], settings.engine, CONTEXT)
-    pool = SimpleNamespace(
-        generate=lambda requests, sampling, *_: (engine.generate(requests, sampling), "v"),
-        decode=lambda requests, decoding, *_: (engine.decode(requests, decoding), "v"),
-    )
+def rows_of(inputs: dict[str, Path], out: Path, settings: Settings, pool: Pool | None = None, **more: Any) -> list[dict[str, Any]]:
+    pool = pool or Pool(inputs["model"], settings)
     context = SimpleNamespace(
         settings=settings, round=1, out=out, counts={}, inputs=inputs, digests={"model": "v"}, terminal=Terminal(),
-        workers=SimpleNamespace(pool=lambda *_: pool),
+        resume=out.parent / "resume", workers=SimpleNamespace(pool=lambda *_: pool), **more,
     )  # fmt: skip
     rollouts.run(cast(Context, context))
+    LAST.update(counts=context.counts, warnings=context.terminal.warnings)
     return [dict(row) for row in load_from_disk(out)]
+
+
+LAST: dict[str, Any] = {}
+
+
+def test_a_killed_stage_makes_again_only_what_was_under_way(inputs: dict[str, Path], tmp_path: Path) -> None:
+    for mode in ("forbidden", "rewind"):
+        settings = settings_of(mode)
+        settings = settings.model_copy(update={"rollouts": settings.rollouts.model_copy(update={"batch": 4})})
+        whole = rows_of(inputs, tmp_path / mode / "whole" / "out", settings)
+        counts, first = LAST["counts"], Pool(inputs["model"], settings, batches=3)
+        with pytest.raises(KeyboardInterrupt):
+            rows_of(inputs, tmp_path / mode / "out", settings, first)
+        second = Pool(inputs["model"], settings)
+        assert rows_of(inputs, tmp_path / mode / "out", settings, second) == whole and LAST["counts"] == counts
+        assert len(first.asked) == 12 and sorted(first.asked + second.asked) == sorted(
+            rollouts.row_seed(settings.run.seed, row["id"]) for row in whole
+        )
+
+
+def test_a_row_that_cannot_be_made_is_left_out_and_counted(inputs: dict[str, Path], tmp_path: Path) -> None:
+    settings = settings_of("forbidden")
+    whole = rows_of(inputs, tmp_path / "whole" / "out", settings)
+    assert "quarantined" not in LAST["counts"]
+    lost = whole[5]["id"]
+    pool = Pool(inputs["model"], settings, failing={rollouts.row_seed(settings.run.seed, lost)})
+    assert rows_of(inputs, tmp_path / "out", settings, pool) == [row for row in whole if row["id"] != lost]
+    assert LAST["counts"]["quarantined"] == 1 and LAST["counts"]["rows"] == len(whole) - 1
+    assert LAST["warnings"] == [f"rollouts: 1 rows could not be made and are left out: {lost}"]
 
 
 def test_first_tries_hold_neither_undo_nor_ids_that_mean_nothing(inputs: dict[str, Path], tmp_path: Path) -> None:
