@@ -94,7 +94,8 @@ class Run:
 
         pool = Scripted(self.codec)
         self.context = SimpleNamespace(
-            settings=settings, round=1, out=folder, resume=folder.parent / f"{folder.name}-resume", counts=self.counts, inputs=inputs, digests={"model": "m"},
+            settings=settings, round=1, out=folder, resume=folder.parent / f"{folder.name}-resume",
+            counts=self.counts, inputs=inputs, digests={"model": "m"},
             terminal=SimpleNamespace(stage=progress, warn=self.warnings.append, info=self.warnings.append),
             workers=SimpleNamespace(
                 pool=lambda *_: pool, search=Here, verifiers=lambda: SimpleNamespace(state_values=state_values)
