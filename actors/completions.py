@@ -70,7 +70,8 @@ def complete(model: Any, requests: Sequence[Request], sampling: Sampling, slots:
             new = [waiting.pop() for _ in range(min(slots - len(rows), len(waiting)))]
             prefill(model, cache, len(rows), [requests[index].prompt_ids for index in new])
             for index in new:
-                uniforms = () if greedy else np.random.Generator(np.random.Philox(requests[index].seed)).random(rooms[index])
+                drawn = np.random.Generator(np.random.Philox(requests[index].seed))
+                uniforms: list[float] = [] if greedy else drawn.random(rooms[index]).tolist()
                 rows.append(Row(index, requests[index].prompt_ids[-1], lengths[index], rooms[index], uniforms))
         _step(model, cache, rows, sampling, stops)
         done.update((row.index, row) for row in rows if row.finish)
