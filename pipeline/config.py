@@ -16,7 +16,7 @@ from pipeline.cluster_config import ClusterSettings
 from pipeline.dpo_config import DpoSettings
 from pipeline.grpo_config import GrpoSettings, LoraSettings
 from pipeline.prm_config import PrmSettings
-from pipeline.search_config import SearchSettings
+from pipeline.search_config import SearchSettings, check_values
 from pipeline.task_config import CountdownTask, Gsm8kTask, Section, SyntheticTask
 
 
@@ -447,16 +447,8 @@ class Settings(Section):
     def _search_has_trees(self) -> Self:
         if self.traces.mix.search and self.traces.search_trees is None and not self.search.problems:
             raise ValueError("traces.mix.search needs search.problems, or traces.search_trees, a folder with search trees")
-        if self.search.problems and self.search.rollout == "step" and self.search.prm is None:
-            raise ValueError("search.rollout: step needs search.prm, run or a folder: the model that values the states it ends in")
-        if self.search.problems and self.search.prm == "run":
-            if not self.prm.steps:
-                raise ValueError("search.prm: run needs the stage prm: set prm.steps, or name a folder")
-            if self.run.rounds == 1 and not searches_behind_prm(self):
-                raise ValueError(
-                    "search.prm: run is never there in the only round: the stage prm stands behind the search. Set run.rounds, "
-                    "search.model: sft with prm.labels: judge, or name a folder"
-                )
+        if self.search.problems:
+            check_values(self.search, self.prm, self.run.rounds)
         for key, asked in (("prm.labels", self.prm.steps and self.prm.labels), ("dpo.pairs", self.dpo.steps and self.dpo.pairs)):
             if asked in ("search", "both") and not self.search.problems:
                 raise ValueError(f"{key} is {asked}, which needs the stage search: set search.problems")
@@ -488,12 +480,6 @@ class Settings(Section):
                 key = ".".join(["sft", *map(str, first["loc"])])
                 raise ValueError(f"experiment.variants.{name}: {key}: {first['msg'].removeprefix('Value error, ')}") from None
         return self
-
-
-def searches_behind_prm(settings: Settings) -> bool:
-    """Whether a search that asks the run's process reward model can be asked that of its own round: it does not make that one's
-    labels, and waits for the fine-tuned model anyway."""
-    return settings.search.prm == "run" and settings.search.model == "sft" and settings.prm.labels == "judge"
 
 
 def variant(settings: Settings, name: str) -> SftSettings:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Settings, searches_behind_prm
+from pipeline.config import Settings
+from pipeline.search_config import stands_behind_prm
 from pipeline.stages.stage import Input, Stage, StageError
 from pipeline.task_config import Gsm8kTask
 
@@ -325,7 +326,7 @@ def _place_search(settings: Settings, stages: dict[str, Stage]) -> dict[str, Sta
         )
     if fine_tuned:
         search = _reads(search, lambda round: [Input("sft", round, "sft")])
-    behind_prm = searches_behind_prm(settings)
+    behind_prm = stands_behind_prm(settings.search, settings.prm)
     if settings.search.prm == "run":
         search = _reads(search, lambda round: [Input("prm", one, "prm") for one in [round - (not behind_prm)] if one >= 1])
     names = list(others)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 from datasets import Features, List, Value
 
@@ -106,7 +107,7 @@ def _tries(
         how = Sampling(*spent, codec.stop_id, (codec.rule.undo_id, *codec.spare_ids), logprobs=asked.logprobs)
         method = "generate"
     for start, batch in pool.stream(method, requests, how, asked.batch):
-        made = {}
+        made: dict[str, list[Any]] = {}
         for at, one in enumerate(batch.done, start):
             if not isinstance(one, Quarantined):
                 row, spent_tokens = (
