@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from actors.decode import forward, prefill, refillable, sample, without
+from actors.decode import check_model, forward, prefill, refillable, sample, without
 from actors.ragged import RaggedCache
 
 if TYPE_CHECKING:
@@ -55,13 +55,16 @@ def complete(model: Any, requests: Sequence[Request], sampling: Sampling, slots:
     Args:
         model: a causal model in eval mode whose attention takes a mask of booleans (sdpa).
         slots: rows at a time.
+
+    Raises:
+        ValueError: a model that `check_model` refuses; vLLM may serve it.
     """
     greedy, stops = sampling.temperature == 0, frozenset((sampling.stop_id, *sampling.also_stop))
     rooms = [min(sampling.max_tokens, request.max_tokens or sampling.max_tokens) for request in requests]
     lengths = [len(request.prompt_ids) for request in requests]
     longest = max(map(sum, zip(lengths, rooms, strict=True)), default=0)
     slots = min(slots, len(requests))
-    cache = RaggedCache(model.config.get_text_config().num_hidden_layers, slots, longest)
+    cache = RaggedCache(check_model(model, longest).num_hidden_layers, slots, longest)
     waiting = sorted(range(len(requests)), key=lambda index: lengths[index], reverse=True)  # like lengths at a time: less padding
     rows: list[Row] = []
     done: dict[int, Row] = {}

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pipeline.backtrack.curriculum import parse_schedule
 from pipeline.cluster_config import ClusterSettings
 from pipeline.dpo_config import DpoSettings
+from pipeline.engine_config import EngineSettings
 from pipeline.grpo_config import GrpoSettings, LoraSettings
 from pipeline.prm_config import PrmSettings
 from pipeline.search_config import SearchSettings, check_values
@@ -79,6 +80,17 @@ class BaseTraining(TrainSettings):
     patience: int = Field(3, ge=1, description="Stop after this many measurements without a rise; the best model is kept.")
 
 
+def prompt_template(value: str) -> str:
+    """The value, if a question can be put into it."""
+    try:
+        once = value.format(question="") != value and value.count("{question}") == 1
+    except (LookupError, ValueError):
+        once = False
+    if not once:
+        raise ValueError("must hold {question} exactly once, and other braces doubled")
+    return value
+
+
 class BaseSettings(Section):
     model: str = Field("scratch", min_length=1, description="scratch, a hub id, or a local Hugging Face folder.")
     trust_remote_code: bool = Field(False, description="Run code that comes with a hub model.")
@@ -89,27 +101,7 @@ class BaseSettings(Section):
     @field_validator("prompt")
     @classmethod
     def _has_question(cls, value: str) -> str:
-        if value.count("{question}") != 1:
-            raise ValueError("must hold {question} exactly once")
-        return value
-
-
-class EngineSettings(Section):
-    kind: Literal["auto", "vllm", "hf", "scripted"] = Field(
-        "auto", description="auto takes vllm where it is installed; scripted has no model and is for tests of the machinery."
-    )
-    script: str | None = Field(None, min_length=1, description="Kind scripted: dataset of problems whose solutions it writes.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Numbers the engine computes in.")
-    max_prompt: int = Field(256, ge=1, le=131_072, description="Longest prompt in tokens; longer ones are reported and left out.")
-    max_num_seqs: int = Field(256, ge=1, le=4096, description="Rows that the engine decodes at a time.")
-    kv_cache_gib: int = Field(1, ge=1, le=1024, description="Memory for vLLM's KV cache on CPUs.")
-    gpu_memory: float = Field(0.5, gt=0, le=1, description="Share of a GPU's memory for vLLM.")
-
-    @model_validator(mode="after")
-    def _has_script(self) -> Self:
-        if (self.kind == "scripted") != (self.script is not None):
-            raise ValueError(f"kind scripted and a script belong together: kind is {self.kind}, script is {self.script}")
-        return self
+        return prompt_template(value)
 
 
 class SamplingSettings(Section):
