@@ -66,15 +66,7 @@ class HfDecoder:
         Raises:
             ValueError: a model whose attention would read the masks otherwise than they are meant.
         """
-        config = model.config.get_text_config()
-        attention, window = config._attn_implementation, getattr(config, "sliding_window", None)
-        if attention not in ("sdpa", BY_SEGMENT):
-            raise ValueError(f"decoding with undo needs attention sdpa, the model was loaded with {attention}")
-        kinds = set(getattr(config, "layer_types", None) or ())
-        if others := sorted(kinds - {"full_attention", "sliding_attention"}):
-            raise ValueError(f"the model has layers of kind {others[0]}, which keep nothing that a rewind could shorten")
-        if "sliding_attention" in kinds and window and window < row_tokens:
-            raise ValueError(f"the model's attention slides over {window} tokens, rows may have {row_tokens}")
+        config = check_model(model, row_tokens)
         self.model = model
         self._max_num_seqs, self._row_tokens = max_num_seqs, row_tokens
         self._folder = folder
@@ -112,10 +104,9 @@ class HfDecoder:
         rows: list[_Row] = []
         done: dict[int, Decoded] = {}
         while waiting or rows:
-            free = slots - len(rows)
-            if waiting and (not rows or free >= min(len(waiting), -(-slots // _REFILL))):
-                new = [waiting.pop() for _ in range(min(free, len(waiting)))]
-                self._prefill(cache, len(rows), [cursors[index].visible for index in new])
+            if refillable(slots, len(rows), len(waiting)):
+                new = [waiting.pop() for _ in range(min(slots - len(rows), len(waiting)))]
+                prefill(self.model, cache, len(rows), [cursors[index].visible for index in new])
                 rows += [_Row(index, cursors[index], _uniforms(requests[index].seed, decoding), detector) for index in new]
             self._step(cache, rows)
             done.update((row.index, row.cursor.result()) for row in rows if row.cursor.finish)
@@ -140,46 +131,12 @@ class HfDecoder:
             scorer = self._scorers[key]
         return detector_of(decoding, scorer)
 
-    def _prefill(self, cache: RaggedCache, start: int, prompts: list[tuple[int, ...]]) -> None:
-        """Write prompts, shortest first, into the slots from `start` on. Their last ids are left to the first step."""
-        while prompts:
-            count = 1
-            while count < len(prompts) and (count + 1) * len(prompts[count]) <= _PREFILL_TOKENS:
-                count += 1
-            group, prompts = prompts[:count], prompts[count:]
-            width = len(group[-1]) - 1
-            if width:
-                device = self.model.device
-                # Padding is on the right, where the causal mask hides it from the prompt and later masks hide it from the rest.
-                padded = [[*ids[:-1], *[ids[-1]] * (width + 1 - len(ids))] for ids in group]
-                cache.expect_prompts(start)
-                self.model(
-                    input_ids=torch.tensor(padded, device=device),
-                    position_ids=torch.arange(width, device=device).expand(count, width),
-                    attention_mask=torch.ones(width, width, dtype=torch.bool, device=device).tril()[None, None],
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-            start += count
-
     def _step(self, cache: RaggedCache, rows: list[_Row]) -> None:
-        """One forward over each row's last visible id; a row that has just been rewound feeds again what is on top there."""
-        device, cursors = self.model.device, [row.cursor for row in rows]
-        lengths = [cursor.length for cursor in cursors]
-        longest = max(lengths)
-        last_B, lengths_B = torch.tensor([[cursor.last for cursor in cursors], lengths], device=device)
-        columns_B = lengths_B - 1
-        cache.expect_tokens(columns_B, longest)
+        """One forward over each row's last visible id."""
+        cursors = [row.cursor for row in rows]
         hidden_wanted = any(row.detector is not None and row.detector.reads_hidden for row in rows)
         with _head_inputs(self.model, hidden_wanted) as hidden:
-            logits_BV = self.model(
-                input_ids=last_B.unsqueeze(1),
-                position_ids=columns_B.unsqueeze(1),
-                attention_mask=(torch.arange(longest, device=device) < lengths_B.unsqueeze(1))[:, None, None],
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
+            logits_BV = forward(self.model, cache, [cursor.last for cursor in cursors], [cursor.length for cursor in cursors])
         for places in alike(cursors):
             some, asked = [rows[place] for place in places], [cursors[place] for place in places]
             decoding, detector = asked[0].decoding, some[0].detector
@@ -192,6 +149,70 @@ class HfDecoder:
                 cursor.take(token, logprob, alternative)
             if detector is not None:
                 ask_chosen(detector, asked, choices.ids, choices.logits_BV, decoding.rule.undo_id)
+
+
+def check_model(model: Any, row_tokens: int) -> Any:
+    """The config of a model that the ragged cache serves.
+
+    Raises:
+        ValueError: a model whose attention would read the masks otherwise than they are meant, or that keeps something else.
+    """
+    config = model.config.get_text_config()
+    attention, window = config._attn_implementation, getattr(config, "sliding_window", None)
+    if attention not in ("sdpa", BY_SEGMENT):
+        raise ValueError(f"decoding with undo needs attention sdpa, the model was loaded with {attention}")
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if others := sorted(kinds - {"full_attention", "sliding_attention"}):
+        raise ValueError(f"the model has layers of kind {others[0]}, which keep nothing that a rewind could shorten")
+    if "sliding_attention" in kinds and window and window < row_tokens:
+        raise ValueError(f"the model's attention slides over {window} tokens, rows may have {row_tokens}")
+    return config
+
+
+def prefill(model: Any, cache: RaggedCache, start: int, prompts: list[tuple[int, ...]]) -> None:
+    """Write prompts, shortest first, into the slots from `start` on. Their last ids are left to the first step."""
+    while prompts:
+        count = 1
+        while count < len(prompts) and (count + 1) * len(prompts[count]) <= _PREFILL_TOKENS:
+            count += 1
+        group, prompts = prompts[:count], prompts[count:]
+        width = len(group[-1]) - 1
+        if width:
+            device = model.device
+            # Padding is on the right, where the causal mask hides it from the prompt and later masks hide it from the rest.
+            padded = [[*ids[:-1], *[ids[-1]] * (width + 1 - len(ids))] for ids in group]
+            cache.expect_prompts(start)
+            model(
+                input_ids=torch.tensor(padded, device=device),
+                position_ids=torch.arange(width, device=device).expand(count, width),
+                attention_mask=torch.ones(width, width, dtype=torch.bool, device=device).tril()[None, None],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        start += count
+
+
+def forward(model: Any, cache: RaggedCache, last: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """[rows, vocabulary] Logits behind each row's last visible id, which is fed; a row that has just been rewound feeds again what
+    is on top there."""
+    device, longest = model.device, max(lengths)
+    last_B, lengths_B = torch.tensor([last, lengths], device=device)
+    columns_B = lengths_B - 1
+    cache.expect_tokens(columns_B, longest)
+    logits_BV: Tensor = model(
+        input_ids=last_B.unsqueeze(1),
+        position_ids=columns_B.unsqueeze(1),
+        attention_mask=(torch.arange(longest, device=device) < lengths_B.unsqueeze(1))[:, None, None],
+        past_key_values=cache,
+        use_cache=True,
+    ).logits[:, -1]
+    return logits_BV
+
+
+def refillable(slots: int, rows: int, waiting: int) -> bool:
+    """Whether prompts are admitted now: into an empty batch, or when so many slots are free that a forward over them pays."""
+    return waiting > 0 and (not rows or slots - rows >= min(waiting, -(-slots // _REFILL)))
 
 
 def alike(cursors: Sequence[Cursor]) -> list[list[int]]:
@@ -251,7 +272,7 @@ def choose(logits_BV: Tensor, rows: Sequence[_Row], decoding: Decoding) -> Choic
     else:
         uniforms = [row.uniforms[row.cursor.emitted][row.cursor.in_run] for row in rows]
         uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=device)
-        ids_B = _sample(logits_BV / decoding.temperature, uniforms_B, decoding.top_p)
+        ids_B = sample(logits_BV / decoding.temperature, uniforms_B, decoding.top_p)
     picked_B = torch.tensor(picked, device=device)
     ids_B = torch.where(picked_B < 0, ids_B, picked_B)
     logprobs_B = logits_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1) - norm_B
@@ -263,7 +284,7 @@ def choose(logits_BV: Tensor, rows: Sequence[_Row], decoding: Decoding) -> Choic
     return Choices(ids_B, logprobs_B, alternatives_B, logits_BV)
 
 
-def _sample(logits_BV: Tensor, uniforms_B: Tensor, top_p: float) -> Tensor:
+def sample(logits_BV: Tensor, uniforms_B: Tensor, top_p: float) -> Tensor:
     """[rows] The id in whose part of the cumulated distribution the row's number in 0 .. 1 falls."""
     probs_BV, order_BV = logits_BV.softmax(-1), None
     if top_p < 1:
@@ -287,10 +308,14 @@ def _uniforms(seed: int, decoding: Decoding) -> list[list[float]]:
 
 
 def _leave(cache: RaggedCache, rows: list[_Row]) -> list[_Row]:
+    return without(cache, rows, [row.cursor.finish is not None for row in rows])
+
+
+def without(cache: RaggedCache, rows: list[Any], ended: Sequence[bool]) -> list[Any]:
     """Without the rows that have ended, in whose slots the last ones move: living rows are always the first slots."""
-    alive = sum(row.cursor.finish is None for row in rows)
-    target = [slot for slot, row in enumerate(rows[:alive]) if row.cursor.finish]
-    source = [slot for slot, row in enumerate(rows) if slot >= alive and not row.cursor.finish]
+    alive = len(rows) - sum(ended)
+    target = [slot for slot in range(alive) if ended[slot]]
+    source = [slot for slot in range(alive, len(rows)) if not ended[slot]]
     for slot, other in zip(target, source, strict=True):
         rows[slot] = rows[other]
     if target:
@@ -332,7 +357,7 @@ class HfLive(Live):
             for key in new:
                 cursor, seed, detector = self._waiting.pop(key)
                 rows.append(_Row(key, cursor, _uniforms(seed, cursor.decoding), detector))
-            self._decoder._prefill(self._cache, len(self._rows), [row.cursor.visible for row in rows])
+            prefill(self._decoder.model, self._cache, len(self._rows), [row.cursor.visible for row in rows])
             self._rows += rows
         if not self._rows:
             return []

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from actors.completions import complete
 from actors.decode import HfDecoder
 from actors.live import Live
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
@@ -36,6 +37,8 @@ class Request:
     prompt_ids: tuple[int, ...]
     seed: int
     """Seed of this row alone, so that a row does not depend on the batch it is in."""
+    max_tokens: int | None = None
+    """Ids of this row, at most, where it has room for fewer than the batch's."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ class VllmEngine:
             SamplingParams(
                 temperature=sampling.temperature,
                 top_p=1.0 if greedy else sampling.top_p,
-                max_tokens=sampling.max_tokens,
+                max_tokens=min(sampling.max_tokens, request.max_tokens or sampling.max_tokens),
                 stop_token_ids=[sampling.stop_id, *sampling.also_stop],
                 ignore_eos=True,  # the stop id is named above; a model folder may name others
                 seed=None if greedy else request.seed,
@@ -226,7 +229,7 @@ def _from_vllm(output: Any, sampling: Sampling) -> Completion:
 
 
 class HfEngine:
-    """Batched transformers generation: needs nothing but transformers, and is the faster one for very small models."""
+    """Transformers: needs nothing but transformers, and is the faster one for very small models."""
 
     kind = "hf"
 
@@ -260,62 +263,5 @@ class HfEngine:
             own[name].copy_(values)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        # Rows of like length share a batch: fewer padding columns.
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
-        done: dict[int, Completion] = {}
-        for start in range(0, len(order), self._max_num_seqs):
-            chunk = order[start : start + self._max_num_seqs]
-            completions = self._generate([requests[i] for i in chunk], sampling)
-            done.update(zip(chunk, completions, strict=True))
-        return [done[i] for i in range(len(requests))]
-
-    @torch.inference_mode()
-    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        longest = max(len(request.prompt_ids) for request in requests)
-        device = self.model.device
-        input_ids = torch.full((len(requests), longest), sampling.stop_id, device=device)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, request in enumerate(requests):
-            input_ids[row, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids, device=device)
-            attention_mask[row, longest - len(request.prompt_ids) :] = 1
-        greedy = sampling.temperature == 0
-        warp = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        # transformers has no seed a row; one batch of one composition and its first row's seed is what it offers.
-        torch.manual_seed(requests[0].seed)
-        out = self.model.generate(
-            inputs=input_ids,
-            attention_mask=attention_mask,
-            do_sample=not greedy,
-            max_new_tokens=sampling.max_tokens,
-            eos_token_id=[sampling.stop_id, *sampling.also_stop],
-            pad_token_id=sampling.stop_id,
-            suppress_tokens=list(sampling.forbidden_ids) or None,
-            output_logits=sampling.logprobs or sampling.top > 0,
-            return_dict_in_generate=True,
-            **warp,
-        )
-        emitted = out.sequences[:, longest:].tolist()
-        stops = (sampling.stop_id, *sampling.also_stop)
-        kept = [next((at + 1 for at, token in enumerate(ids) if token in stops), len(ids)) for ids in emitted]
-        chosen: list[list[float]] = [[] for _ in requests]
-        top: list[list[list[tuple[int, float]]]] = [[] for _ in requests]
-        steps = [torch.log_softmax(logits.float(), -1) for logits in out.logits or ()]
-        if sampling.logprobs:
-            chosen = torch.cat([one.gather(1, out.sequences[:, longest + i, None]) for i, one in enumerate(steps)], 1).tolist()
-        if sampling.top:
-            best = [one.topk(min(sampling.top, one.shape[1])) for one in steps]
-            values = torch.stack([one.values for one in best], 1).tolist()
-            places = torch.stack([one.indices for one in best], 1).tolist()
-            top = [
-                [list(zip(*place, strict=True)) for place in zip(ids[:end], logprobs[:end], strict=True)]
-                for ids, logprobs, end in zip(places, values, kept, strict=True)
-            ]
-        return [
-            Completion(
-                tuple(ids[:end]),
-                tuple(chosen[row][:end]),
-                "stop" if ids[end - 1] in stops else "length",
-                tuple(map(tuple, top[row])),
-            )
-            for row, (ids, end) in enumerate(zip(emitted, kept, strict=True))
-        ]
+        rows = complete(self.model, requests, sampling, self._max_num_seqs)
+        return [Completion(tuple(row.ids), tuple(row.logprobs), row.finish or "length", tuple(row.top)) for row in rows]

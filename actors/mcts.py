@@ -417,6 +417,7 @@ class Tree:
         given = max(given, 0)
         reached = sum(logprobs[:given])
         barred = node.depth >= how.depth
+        least = math.log(max(how.floor, _LEAST))  # most of what is named is less likely, and costs no more than this comparison
         found: list[tuple[float, int]] = []
         for place, likely in enumerate(top, start=given):
             chosen = ids[place] if place < len(ids) else words.undo
@@ -424,9 +425,7 @@ class Tree:
                 if token == words.undo:
                     behind = self.nodes[child] if place and child >= 0 else node
                     behind.undo_prior = max(behind.undo_prior, math.exp(logprob))
-                elif (
-                    token != chosen and token not in words.forbidden and not barred and math.exp(logprob) >= max(how.floor, _LEAST)
-                ):
+                elif logprob >= least and token != chosen and token not in words.forbidden and not barred:
                     found.append(
                         (math.exp(max(reached + logprob, math.log(_LEAST))), (max(child, 0) << _PLACE | place) << _TOKEN | token)
                     )

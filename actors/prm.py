@@ -10,7 +10,8 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+from actors.checkpoints import newest_step, save_step
 from actors.heads import Head, HeadError, load_head, loss, optimiser_of, save_head
 from actors.labelled import Batch, Labelled, by_length, collate, linear, step_ends
 from actors.packing import pack
@@ -30,6 +32,7 @@ State = tuple[Sequence[int], Sequence[int]]
 """Ids of a prompt, and of what stands behind it."""
 
 NOTE, HEAD = "prm.json", "head.safetensors"
+_STATE = "state.pt"
 PAD = 0  # nothing sees padding
 
 
@@ -146,9 +149,22 @@ class ProcessRewardModel(nn.Module):
         return [found[index] for index in range(len(rows))]
 
     def value_of(self, states: Sequence[State]) -> list[float]:
-        """A value for each state, at its last id. It was trained at the ends of steps: elsewhere it means little."""
-        rows = [linear((*prompt, *ids)) for prompt, ids in states]
-        return [values[0] for values in self.values([Labelled(row, (len(row.ids) - 1,)) for row in rows])]
+        """A value for each state, at its last id but the stop id. It was trained at the ends of steps: elsewhere it means little.
+        States that others begin with share their rows, so the steps of one solution cost one row."""
+        asked = [(*prompt, *(ids[:-1] if ids and ids[-1] == self.stop_id else ids)) for prompt, ids in states]
+        rows: list[tuple[tuple[int, ...], list[int]]] = []
+        for ids in sorted(set(asked), reverse=True):  # in this order a state comes right behind those that begin with it
+            if rows and rows[-1][0][: len(ids)] == ids:
+                rows[-1][1].append(len(ids) - 1)
+            else:
+                rows.append((ids, [len(ids) - 1]))
+        found = self.values([Labelled(linear(ids), tuple(reversed(at))) for ids, at in rows])
+        known = {
+            ids[: place + 1]: value
+            for (ids, at), values in zip(rows, found, strict=True)
+            for place, value in zip(reversed(at), values, strict=True)
+        }
+        return [known[ids] for ids in asked]
 
     def step_values(self, solutions: Sequence[State]) -> list[tuple[float, ...]]:
         """For each solution, surviving ids alone, a value for each of its steps; none for a solution without a step."""
@@ -203,11 +219,13 @@ def fit(
     stop_id: int,
     seed: int,
     curve: VerifierCurve,
+    resume: Path | None = None,
 ) -> VerifierCurve:
     """Train a process reward model on the backbone of folder `source` and save it as `target`.
 
     Args:
         held_out: rows on which the step is chosen whose weights are kept; none keeps the last one's.
+        resume: a folder for checkpoints of this very training. What a killed call has left there is gone on from.
 
     Raises:
         VerifierTrainingError: no row that fits, rows of one label alone, or a loss that is no number.
@@ -234,7 +252,9 @@ def fit(
         schedule.step()
         return float(found.detach())
 
-    train(model, step, lambda: _held_out_loss(model, held_out) if held_out else None, settings.check_every, curve, "prm.lr")
+    check = partial(_held_out_loss, model, held_out) if held_out else lambda: None
+    saved = Saved(resume, settings.checkpoint_every, optimiser, schedule) if resume else None
+    train(model, step, check, settings.check_every, curve, "prm.lr", saved)
     model.eval().save(target, tokenizer)
     return curve
 
@@ -251,6 +271,39 @@ def check_labels(rows: Sequence[Labelled], name: str, empty: str) -> None:
         raise VerifierTrainingError(f"{name}: all {len(labels)} labels are {labels[0]:g}: there is nothing to tell apart")
 
 
+@dataclass(frozen=True)
+class Saved:
+    """Where the state of a training under way is kept, and what of it `train` does not see."""
+
+    folder: Path
+    every: int
+    """Steps between two checkpoints."""
+    optimiser: Any
+    schedule: Any
+
+    def write(self, curve: VerifierCurve, progress: dict[str, Any]) -> None:
+        state = {
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "curve": asdict(curve),
+            **progress,
+        }
+        save_step(self.folder, curve.step, lambda folder: torch.save(state | {"random": torch.get_rng_state()}, folder / _STATE))
+
+    def read(self, curve: VerifierCurve) -> dict[str, Any] | None:
+        """Restore the newest checkpoint; the progress that was written, None where there is none."""
+        newest = newest_step(self.folder)
+        if newest is None:
+            return None
+        state: dict[str, Any] = torch.load(newest / _STATE, map_location="cpu", weights_only=True)
+        self.optimiser.load_state_dict(state.pop("optimiser"))
+        self.schedule.load_state_dict(state.pop("schedule"))
+        torch.set_rng_state(state.pop("random"))
+        for name, value in state.pop("curve").items():
+            setattr(curve, name, value)
+        return state
+
+
 def train(
     model: nn.Module,
     step: Callable[[int], float],
@@ -258,28 +311,36 @@ def train(
     check_every: int,
     curve: VerifierCurve,
     key: str,
+    saved: Saved | None = None,
 ) -> None:
-    """Steps and, now and then, checks; leaves the weights of the best check in the model.
+    """Steps and, now and then, checks; leaves the weights of the best check in the model. What a killed call has saved is gone on
+    from, with the same outcome.
 
     Raises:
         VerifierTrainingError: a loss that is no number.
     """
     best, kept, since = math.inf, dict[str, Tensor](), list[float]()
-    for number in range(curve.steps):
+    progress = saved.read(curve) if saved else None
+    if progress:
+        best, kept, since = progress["best"], progress["kept"], progress["since"]
+        model.load_state_dict(progress["model"])
+    for number in range(curve.step, curve.steps):
         since.append(step(number))
         curve.step = number + 1
         if not math.isfinite(since[-1]):
             raise VerifierTrainingError(f"the loss is {since[-1]} at step {number + 1}: lower the learning rate ({key})")
-        if curve.step % check_every and curve.step < curve.steps:
-            continue
-        curve.losses.append((curve.step, sum(since) / len(since)))
-        since = []
-        found = check()
-        if found is not None:
-            curve.checks.append((curve.step, found))
-        if found is None or found < best:
-            best, curve.kept_step = (math.inf if found is None else found), curve.step
-            kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        if curve.step % check_every == 0 or curve.step == curve.steps:
+            curve.losses.append((curve.step, sum(since) / len(since)))
+            since = []
+            found = check()
+            if found is not None:
+                curve.checks.append((curve.step, found))
+            if found is None or found < best:
+                best, curve.kept_step = (math.inf if found is None else found), curve.step
+                kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        # The last one too: the stage that trains this may still be killed behind it.
+        if saved and (curve.step % saved.every == 0 or curve.step == curve.steps):
+            saved.write(curve, {"best": best, "kept": kept, "since": since, "model": model.state_dict()})
     model.load_state_dict(kept)
 
 

@@ -129,7 +129,9 @@ class Searcher:
             return []
         silent = [pair for pair in asked if pair[1].finished]
         spoken = [pair for pair in asked if not pair[1].finished]
-        made = self._generate([Request(one.case.prompt + wanted.ids, wanted.seed) for one, wanted in spoken]) if spoken else []
+        room = self.how.max_tokens
+        requests = [Request(one.case.prompt + wanted.ids, wanted.seed, room - len(wanted.ids)) for one, wanted in spoken]
+        made = self._generate(requests) if spoken else []
         missing = spoken[len(made) :]
         for (one, _), row in zip(spoken, made, strict=False):
             if isinstance(row, Quarantined) and not one.lost:

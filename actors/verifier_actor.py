@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 
 from actors import prm, verifier_head
 from actors.labelled import Labelled
 from actors.memory import out_of_memory
 from actors.prm import ProcessRewardModel, State, VerifierCurve, VerifierTrainingError
+from actors.search import Ids, SearchError
 from pipeline.prm_config import HeadSettings, PrmSettings
+from pipeline.tasks.problem import Problem
 
 _POLL_SECONDS = 1.0
 _SAVE = "lower prm.rows or prm.row_tokens"
@@ -27,11 +31,12 @@ class Verifying:
 
     def fit_prm(
         self, source: str, target: str, rows: Sequence[Labelled], held_out: Sequence[Labelled], settings: PrmSettings,
-        step_end_ids: frozenset[int], stop_id: int, seed: int,
+        step_end_ids: frozenset[int], stop_id: int, seed: int, resume: str,
     ) -> VerifierCurve:  # fmt: skip
         self._prm, self._verifier_curve = None, VerifierCurve()
         try:
-            return prm.fit(Path(source), Path(target), rows, held_out, settings, step_end_ids, stop_id, seed, self._verifier_curve)
+            how = (settings, step_end_ids, stop_id, seed, self._verifier_curve, Path(resume))
+            return prm.fit(Path(source), Path(target), rows, held_out, *how)
         except Exception as error:
             if out_of_memory(error):
                 raise VerifierTrainingError(f"out of memory at step {self._verifier_curve.step + 1}: {_SAVE}") from error
@@ -52,6 +57,9 @@ class Verifying:
     def values(self, folder: str, rows: Sequence[Labelled]) -> list[tuple[float, ...]]:
         return self._loaded(folder).values(rows)
 
+    def value_of(self, folder: str, states: Sequence[State]) -> list[float]:
+        return self._loaded(folder).value_of(states)
+
     def p_should_undo(self, policy: str, folder: str, rows: Sequence[Labelled]) -> list[tuple[float, ...]]:
         return verifier_head.p_should_undo(Path(policy), Path(folder), rows)
 
@@ -60,6 +68,29 @@ class Verifying:
             self._prm = None  # never two at a time
             self._prm = folder, ProcessRewardModel.load(Path(folder))
         return self._prm[1]
+
+
+@dataclass(frozen=True)
+class StateValues:
+    """Values of the states of a search by the process reward model, which one actor holds for all search workers: it values the
+    states of one round of a worker together, while the engines decode those of the others. Travels to them.
+
+    Raises:
+        SearchError: that actor died, or the model failed.
+    """
+
+    actor: Any
+    folder: str
+
+    def __call__(self, states: Sequence[tuple[Problem, Ids, Ids]]) -> list[float]:
+        asked = [(prompt, ids) for _, prompt, ids in states]
+        try:
+            found: list[float] = ray.get(self.actor.value_of.remote(self.folder, asked))
+        except RayActorError as error:  # as it stands it would be taken for the death of the worker that asks
+            raise SearchError(f"the actor with the process reward model died: {' '.join(str(error).split())[:300]}") from None
+        except RayTaskError as error:
+            raise SearchError(f"the process reward model failed: {' '.join(str(error.cause).split())[:300]}") from None
+        return found
 
 
 class Verifiers:
@@ -80,11 +111,11 @@ class Verifiers:
 
     def fit_prm(
         self, source: Path, target: Path, rows: Sequence[Labelled], held_out: Sequence[Labelled], settings: PrmSettings,
-        step_end_ids: frozenset[int], stop_id: int, seed: int, show: Show,
+        step_end_ids: frozenset[int], stop_id: int, seed: int, resume: Path, show: Show,
     ) -> VerifierCurve:  # fmt: skip
         """Train a process reward model, see actors/prm.py."""
         some = (str(source.resolve()), str(target.resolve()), rows, held_out, settings, step_end_ids, stop_id, seed)
-        return self._watched(lambda: self._learner().fit_prm.remote(*some), show)
+        return self._watched(lambda: self._learner().fit_prm.remote(*some, str(resume.resolve())), show)
 
     def fit_head(
         self, policy: Path, target: Path, rows: Sequence[Labelled], held_out: Sequence[Labelled], settings: HeadSettings,
@@ -103,6 +134,16 @@ class Verifiers:
         """Its values at the places of rows."""
         found: list[tuple[float, ...]] = self._asked(lambda: self._learner().values.remote(str(folder.resolve()), rows))
         return found
+
+    def state_values(self, folder: Path) -> StateValues:
+        """For search workers, with the process reward model loaded.
+
+        Raises:
+            HeadError: none in the folder, or one that does not fit together.
+        """
+        place = str(folder.resolve())
+        self._asked(lambda: self._learner().value_of.remote(place, []))
+        return StateValues(self._learner(), place)
 
     def p_should_undo(self, policy: Path, folder: Path, rows: Sequence[Labelled]) -> list[tuple[float, ...]]:
         """The verifier head's probabilities at the places of rows, on the states of a policy."""

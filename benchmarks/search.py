@@ -1,6 +1,6 @@
 """Tree search against independent samples at equal tokens, and how full it keeps its engine.
 
-    python benchmarks/search.py [--quick] [--model FOLDER --problems FOLDER]
+    python benchmarks/search.py [--quick] [--engine vllm] [--model FOLDER --problems FOLDER]
 
 Problems of the test split that the model fails greedily: solved against tokens, best-of-n and search judged by the same verifier,
 which sees finished solutions alone. That greedy decoding fails is used by neither side: the first simulation goes the greedy way
@@ -20,12 +20,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from actors.engines import Completion, HfEngine, Request, Sampling  # noqa: E402
+from actors.engines import Completion, Request, Sampling, make_engine  # noqa: E402
 from actors.mcts import Made, Tree, Vocabulary  # noqa: E402
 from actors.search import Case, Searcher  # noqa: E402
 from pipeline.config import EngineSettings, Settings, UndoSettings  # noqa: E402
@@ -43,9 +45,9 @@ TEMPERATURES = (1.0, 1.5)
 class Kit:
     """A model with what judges it."""
 
-    def __init__(self, model: Path, rows: int) -> None:
+    def __init__(self, model: Path, rows: int, kind: Literal["hf", "vllm"]) -> None:
         self.codec = Codec(model, UndoSettings(), PROMPT)
-        self.engine = HfEngine.from_folder(model, EngineSettings(kind="hf", max_num_seqs=rows))
+        self.engine = make_engine(model, EngineSettings(kind=kind, max_num_seqs=rows), 512, 0)
         self.right = EndsRight(model, UndoSettings(), PROMPT)
         self.barred = (self.codec.rule.undo_id, *self.codec.spare_ids)
         self.rows = rows
@@ -72,6 +74,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer problems and samples")
     parser.add_argument("--model", type=Path, help="a model folder with an undo token")
     parser.add_argument("--problems", type=Path, help="the problems output of a run")
+    parser.add_argument("--engine", choices=("hf", "vllm"), default="hf", help="what generates (default: %(default)s)")
     parser.add_argument("--skip-curves", action="store_true", help="throughput and memory alone")
     asked = parser.parse_args()
     if (asked.model is None) != (asked.problems is None):
@@ -80,7 +83,7 @@ def main() -> int:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         model, problems = (asked.model, asked.problems) if asked.model else trained(Path(scratch), asked.quick)
-        kit = Kit(model, 256)
+        kit = Kit(model, 256, asked.engine)
         pool = [one for one in read_problems(problems) if one.split == "test"]
         random.Random(0).shuffle(pool)
         if not asked.skip_curves:
@@ -161,8 +164,11 @@ Rows = list[list[tuple[int, bool]]]
 
 def best_of_n(kit: Kit, problems: Sequence[Problem], samples: int, temperature: float) -> Rows:
     """(tokens, right) of independent samples of each problem."""
-    asked = [(place, Request(case.prompt, sample)) for place, case in enumerate(kit.cases(problems)) for sample in range(samples)]
-    random.Random(1).shuffle(asked)  # a batch has one generator: its rows must not be those of one problem
+    asked = [
+        (place, Request(case.prompt, place << 16 | sample))
+        for place, case in enumerate(kit.cases(problems))
+        for sample in range(samples)
+    ]
     rows: Rows = [[] for _ in problems]
     made = kit.engine.generate([one for _, one in asked], kit.sampling(temperature, 160))
     for (place, _), row in zip(asked, made, strict=True):
@@ -211,20 +217,31 @@ def tokens_for(budgets: Sequence[float], values: Sequence[float], level: float) 
 
 
 def throughput(kit: Kit, pool: Sequence[Problem], quick: bool) -> dict[str, float]:
-    """Simulations/s of one question at a time against many in lockstep, and the share of the time that the engine is busy."""
-    alone, together = (2, 32) if quick else (8, 256)
-    how: dict[str, Any] = {"simulations": 16, "after_right": 16, "max_tokens": 160}
-    rates, busy = {}, 0.0
-    for name, batch, count in (("one question at a time", 1, alone), ("lockstep", together, together)):
+    """Simulations/s of one question at a time against many in lockstep, on the same problems with the same engine, and the share of
+    the time that it is busy. Without a GPU seconds are those that this process computes, so that others on the machine count on
+    neither side; the one side's questions stand half before and half behind the other's."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    count, simulations = (64, 8) if quick else (128, 16)
+    problems = pool[:count]
+    how: dict[str, Any] = {"simulations": simulations, "after_right": simulations, "max_tokens": 160}
+    alone, together = "one question at a time", "lockstep"
+    parts = [(alone, 1, problems[::2]), (together, count, problems), (alone, 1, problems[1::2])]
+    list(Searcher(kit, SearchSettings(batch=4, **how), kit.words(), 0, 256, kit.right).search(kit.cases(pool[-4:])))  # to be warm
+    done: dict[str, list[float]] = {name: [0.0] * 5 for name, _, _ in parts}
+    for name, batch, some in parts:
         one = Searcher(kit, SearchSettings(batch=batch, **how), kit.words(), 0, 256, kit.right)
-        began = time.perf_counter()
-        list(one.search(kit.cases(pool[:count])))
-        seconds = time.perf_counter() - began
-        rates[name], busy = one.meter.simulations / seconds, one.meter.engine_seconds / seconds
-        print(f"{name:24}{rates[name]:8.1f} simulations/s, {one.meter.tokens / seconds:8.0f} tokens/s, engine busy {busy:.1%}")
-    speedup = rates["lockstep"] / rates["one question at a time"]
-    print(f"{'ratio':24}{speedup:8.1f}")
-    return {"speedup": speedup, "engine_busy": busy, "simulations_per_s": rates["lockstep"]}
+        began, computed = time.perf_counter(), clock()
+        list(one.search(kit.cases(some)))
+        seconds = (clock() - computed, time.perf_counter() - began)
+        new = (one.meter.simulations, one.meter.tokens, *seconds, one.meter.engine_seconds)
+        done[name] = [before + more for before, more in zip(done[name], new, strict=True)]
+    rates = {}
+    for name, (made, tokens, computed, waited, engine) in done.items():
+        rates[name], busy = made / computed, engine / waited
+        print(f"{name:24}{rates[name]:8.1f} simulations/s, {tokens / computed:8.0f} tokens/s, engine busy {busy:.1%}")
+    speedup = rates[together] / rates[alone]
+    print(f"{'ratio':24}{speedup:8.1f}   ({count} problems, {simulations} simulations each)")
+    return {"speedup": speedup, "engine_busy": busy, "simulations_per_s": rates[together]}
 
 
 def memory(trees: int, simulations: int = 64) -> dict[str, float]:

@@ -24,7 +24,8 @@ from pipeline.telemetry import Terminal, quiet_third_parties
 
 _FAILED, _INTERRUPTED = 1, 130
 _SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-MODELS = ("sft", "clean_control", "base")
+STAGES = {"sft": "sft", "clean_control": "sft", "base": "base", "dpo": "dpo", "grpo": "grpo", "grpo_control": "grpo"}
+"""Models by their names in metrics.json, and the stages that make them."""
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,14 @@ def calibrate(
     from pipeline.stages.probes import spread
     from pipeline.stages.sft import CONTROL
 
-    at, stage = (0, "base") if model == "base" else (round, "sft")
+    stage = STAGES[model]
+    at = 0 if model == "base" else round
     for place in ((0, "problems"), (at, stage)):
         if damage := store.check(*place):
             raise StoreError(f"{store.path(*place)}: {damage}")
-    folder = store.path(at, stage) / (CONTROL if model == "clean_control" else "")
+    folder = store.path(at, stage) / (CONTROL if model.endswith("control") else "")
     if not folder.is_dir():
-        raise StoreError(f"{folder} is not there: the run was made with sft.control=false")
+        raise StoreError(f"{folder} is not there: the run was made with {stage}.control=false")
     codec = Codec(folder, settings.undo, settings.base.prompt)
     chosen = spread(read_problems(store.path(0, "problems")), "dev", problems or settings.evaluate.dev)
     chosen = [problem for problem in chosen if len(codec.prompt_ids(problem)) <= settings.engine.max_prompt]
@@ -191,7 +193,8 @@ def main(arguments: Sequence[str]) -> int:
         terminal.error(str(error))
         return USAGE
     store = Store(folder)
-    round = options.round or max((n for n in range(1, settings.run.rounds + 1) if store.manifest(n, "sft")), default=1)
+    made = [n for n in range(1, settings.run.rounds + 1) if store.manifest(n, STAGES[options.model])]
+    round = options.round or max(made, default=1)
     try:
         with RunLock(folder):
             (folder / "logs").mkdir(exist_ok=True)
@@ -221,7 +224,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--sweep", action="append", choices=list(SWEEPS), metavar="WHAT", help=f"{choices}; default: threshold, probability"
     )
-    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="model of the run (default: %(default)s)")
+    parser.add_argument("--model", choices=list(STAGES), default="sft", help="model of the run (default: %(default)s)")
     parser.add_argument("--round", type=positive, metavar="N", help="round of the model (default: the newest)")
     parser.add_argument("--problems", type=positive, metavar="N", help="dev problems (default: evaluate.dev)")
     return parser.parse_intermixed_args(arguments)

@@ -14,9 +14,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pipeline.backtrack.curriculum import parse_schedule
 from pipeline.cluster_config import ClusterSettings
 from pipeline.dpo_config import DpoSettings
+from pipeline.engine_config import EngineSettings
 from pipeline.grpo_config import GrpoSettings, LoraSettings
 from pipeline.prm_config import PrmSettings
-from pipeline.search_config import SearchSettings
+from pipeline.search_config import SearchSettings, check_values
 from pipeline.task_config import CountdownTask, Gsm8kTask, Section, SyntheticTask
 
 
@@ -101,18 +102,6 @@ class BaseSettings(Section):
     @classmethod
     def _has_question(cls, value: str) -> str:
         return prompt_template(value)
-
-
-class EngineSettings(Section):
-    kind: Literal["auto", "vllm", "hf", "scripted"] = Field(
-        "auto", description="auto takes vllm where it is installed; scripted has no model and is for tests of the machinery."
-    )
-    script: str | None = Field(None, min_length=1, description="Kind scripted: dataset of problems whose solutions it writes.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Numbers the engine computes in.")
-    max_prompt: int = Field(256, ge=1, le=131_072, description="Longest prompt in tokens; longer ones are reported and left out.")
-    max_num_seqs: int = Field(256, ge=1, le=4096, description="Rows that the engine decodes at a time.")
-    kv_cache_gib: int = Field(1, ge=1, le=1024, description="Memory for vLLM's KV cache on CPUs.")
-    gpu_memory: float = Field(0.5, gt=0, le=1, description="Share of a GPU's memory for vLLM.")
 
 
 class SamplingSettings(Section):
@@ -450,10 +439,8 @@ class Settings(Section):
     def _search_has_trees(self) -> Self:
         if self.traces.mix.search and self.traces.search_trees is None and not self.search.problems:
             raise ValueError("traces.mix.search needs search.problems, or traces.search_trees, a folder with search trees")
-        if self.search.problems and self.search.rollout == "step":
-            raise ValueError(
-                "search.rollout: step needs values of states, which the stage does not have: only Python callers give them"
-            )
+        if self.search.problems:
+            check_values(self.search, self.prm, self.run.rounds)
         for key, asked in (("prm.labels", self.prm.steps and self.prm.labels), ("dpo.pairs", self.dpo.steps and self.dpo.pairs)):
             if asked in ("search", "both") and not self.search.problems:
                 raise ValueError(f"{key} is {asked}, which needs the stage search: set search.problems")

@@ -40,6 +40,7 @@ class PrmSettings(Section):
         0.1, gt=0, lt=1, description="Share of the training problems that choose the step that is kept, and the thresholds."
     )
     check_every: int = Field(100, ge=1, description="Steps between two measurements of the loss on these problems.")
+    checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints, from which a killed run goes on.")
     test: int = Field(700, ge=2, description="Test problems with one own solution each, at temperature 1: what figures are of.")
     score: Literal["last", "min", "product"] = Field(
         "last", description="Score of a whole solution, for best-of-n: value of its last step, least value, or product of all."

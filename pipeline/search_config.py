@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from pipeline.prm_config import PrmSettings
 from pipeline.task_config import Section
 
 
@@ -37,6 +38,12 @@ class SearchSettings(Section):
     rollout: Literal["end", "step"] = Field(
         "end", description="A simulation runs to the end of a solution, which is judged; or for one step, which is valued."
     )
+    prm: str | None = Field(
+        None,
+        min_length=1,
+        description="Process reward model that values states: run is the newest of the stage prm, anything else a folder; "
+        "null: none, ends alone have a value.",
+    )
     max_tokens: int = Field(160, ge=1, le=131_072, description="Longest solution in tokens, and longest completion.")
     depth: int = Field(64, ge=1, le=131_072, description="Nodes above one another, at most; below, nothing branches.")
     c_puct: float = Field(1.0, ge=0, le=1000, description="What the policy's prior weighs against values, in PUCT.")
@@ -61,3 +68,25 @@ class SearchSettings(Section):
         if self.expand == "samples" and self.temperature == 0:
             raise ValueError("expand: samples needs a temperature above 0: greedy samples are all alike")
         return self
+
+
+def stands_behind_prm(search: SearchSettings, prm: PrmSettings) -> bool:
+    """Whether a search can ask the process reward model of its own round: it makes no labels for that one, and waits for the
+    fine-tuned model anyway."""
+    return search.prm == "run" and search.model == "sft" and prm.labels == "judge"
+
+
+def check_values(search: SearchSettings, prm: PrmSettings, rounds: int) -> None:
+    """
+    Raises:
+        ValueError: nothing that could value states where they need it.
+    """
+    if search.rollout == "step" and search.prm is None:
+        raise ValueError("search.rollout: step needs search.prm, run or a folder: the model that values the states it ends in")
+    if search.prm == "run" and not prm.steps:
+        raise ValueError("search.prm: run needs the stage prm: set prm.steps, or name a folder")
+    if search.prm == "run" and rounds == 1 and not stands_behind_prm(search, prm):
+        raise ValueError(
+            "search.prm: run is never there in the only round: the stage prm stands behind the search. Set run.rounds, "
+            "search.model: sft with prm.labels: judge, or name a folder"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.decode import HfDecoder
+from actors.prm import ProcessRewardModel
 from actors.saved import SavedModel
 from pipeline.backtrack.cursor import DecodeRequest, Decoding
 from pipeline.backtrack.targets import trace_walk
@@ -85,6 +87,27 @@ def test_outputs_have_their_schema_and_counts(finished: tuple[Path, str]) -> Non
     assert (
         len(load_from_disk(store.path(1, "evaluate"))) == 3 * (16 + 16 + 8 + 16) + 16
     )  # soft, and the control's votes, on test alone
+
+
+def test_a_search_values_states_by_the_process_reward_model_of_its_round(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """One step a simulation, on real Ray: a state that was seen once, with nothing below it, is worth what that model says."""
+    shutil.copytree(finished[0] / "smoke", tmp_path / "smoke")
+    asked = ["prm.steps=4", "prm.rows=2", "prm.test=4", "prm.head.steps=5", "search.problems=6", "search.simulations=6"]
+    asked += ["search.max_tokens=96", "search.model=sft", "search.prm=run", "search.rollout=step", "search.batch=3"]
+    done = run(tmp_path, "--only", "prm", "--only", "search", *asked)
+    assert states(done.stdout)["search"] == "built" and "search: " not in done.stderr.replace("search: no simulation", "")
+    store = Store(tmp_path / "smoke")
+    model, seen = ProcessRewardModel.load(store.path(1, "prm") / "prm"), 0
+    for tree in load_from_disk(store.path(1, "search") / "trees"):
+        below: dict[int, tuple[int, ...]] = {}
+        for node, parent in enumerate(tree["parent"]):
+            below[node] = (below[parent] if node else ()) + tuple(tree["ids"][node])
+        leaves = [node for node in below if node not in tree["parent"] and tree["right"][node] < 0 and tree["visits"][node] == 1]
+        leaves = [node for node in leaves if len(below[node]) < 96]  # what is too long to be finished is wrong
+        wanted = model.value_of([(tree["prompt_ids"], below[node]) for node in leaves])
+        assert [tree["value"][node] for node in leaves] == pytest.approx(wanted, abs=1e-3)
+        seen += len(leaves)
+    assert seen
 
 
 def test_rollouts_carry_ids_logprobs_and_the_weights_that_made_them(finished: tuple[Path, str]) -> None:

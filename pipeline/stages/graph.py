@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Settings
+from pipeline.search_config import stands_behind_prm
 from pipeline.stages.stage import Input, Stage, StageError
 from pipeline.task_config import Gsm8kTask
 
@@ -42,6 +43,16 @@ def _tree_digest(folder: str | None) -> str:
     files = sorted(Path(folder or "").glob("*.arrow"))
     if not files:
         raise StageError(f"traces.search_trees: no dataset in {folder}")
+    return hashlib.sha256("".join(_digest(str(file)) for file in files).encode()).hexdigest()
+
+
+def _prm_digest(folder: str | None) -> str | None:
+    """Digest of a process reward model outside the run; None where none is named."""
+    if folder in (None, "run"):
+        return None
+    files = sorted(file for file in Path(str(folder)).glob("*") if file.suffix in (".json", ".safetensors"))
+    if "prm.json" not in {file.name for file in files}:
+        raise StageError(f"search.prm: no process reward model in {folder}: it has no prm.json; the stage prm writes one")
     return hashlib.sha256("".join(_digest(str(file)) for file in files).encode()).hexdigest()
 
 
@@ -129,6 +140,7 @@ STAGES: tuple[Stage, ...] = (
             _generation(s)
             | {
                 "search": s.search.model_dump(mode="json", exclude={"workers"}),
+                "prm": _prm_digest(s.search.prm),
                 "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
             }
         ),
@@ -171,7 +183,7 @@ STAGES: tuple[Stage, ...] = (
         lambda s: (
             _generation(s)
             | {
-                "prm": s.prm.model_dump(mode="json"),
+                "prm": s.prm.model_dump(mode="json", exclude={"checkpoint_every"}),
                 "sft": s.sft.model_dump(mode="json", include={"form", "rewinding", "hide_undos", "positions", "mask", "detect_at"}),
                 "sampling": s.rollouts.max_tokens,
                 "undo": s.undo.model_dump(mode="json", include={"token", "unit"}),
@@ -302,7 +314,8 @@ def _place_grpo(settings: Settings, stages: dict[str, Stage]) -> dict[str, Stage
 
 
 def _place_search(settings: Settings, stages: dict[str, Stage]) -> dict[str, Stage]:
-    """Before traces with the start model; or behind sft with the fine-tuned one, whose trees the traces of the next round read."""
+    """Before traces with the start model; or behind sft with the fine-tuned one, whose trees the traces of the next round read.
+    States are valued by this round's prm where that can stand before it, else by that of the round before."""
     others = _without("search", stages)
     if not settings.search.problems:
         return others
@@ -313,8 +326,11 @@ def _place_search(settings: Settings, stages: dict[str, Stage]) -> dict[str, Sta
         )
     if fine_tuned:
         search = _reads(search, lambda round: [Input("sft", round, "sft")])
+    behind_prm = stands_behind_prm(settings.search, settings.prm)
+    if settings.search.prm == "run":
+        search = _reads(search, lambda round: [Input("prm", one, "prm") for one in [round - (not behind_prm)] if one >= 1])
     names = list(others)
-    at = names.index("sft") + 1 if fine_tuned else names.index("traces")
+    at = names.index("prm" if behind_prm else "sft") + 1 if fine_tuned else names.index("traces")
     return {name: search if name == "search" else others[name] for name in [*names[:at], "search", *names[at:]]}
 
 

@@ -111,7 +111,8 @@ def _train_prm(context: Context, codec: Codec, problems: dict[str, Problem]) -> 
     with context.terminal.stage("prm", asked.steps, "steps") as progress:
         show = partial(_show, progress)
         curve = context.workers.verifiers().fit_prm(
-            source, context.out / MODEL, parts[False], parts[True], asked, codec.rule.step_end_ids, codec.stop_id, seed, show
+            source, context.out / MODEL, parts[False], parts[True], asked, codec.rule.step_end_ids, codec.stop_id, seed,
+            context.resume, show,
         )  # fmt: skip
     if curve.left_out:
         context.terminal.warn(f"prm: {curve.left_out} of {len(parts[False])} rows are longer than prm.row_tokens and were left out")
@@ -151,11 +152,11 @@ def named_signal(signal: Signal | None, verifiers: Path | None, model: str) -> S
 
     Args:
         verifiers: that output.
-        model: name of the policy in the evaluation; what grpo trained further keeps the head of what it began as.
+        model: name of the policy in the evaluation; what dpo and grpo trained further keeps the head of what it began as.
     """
     if signal is None or signal.kind != "score" or signal.folder is not None or verifiers is None:
         return signal
-    heads = verifiers / HEADS / {"grpo": "sft", "grpo_control": "clean_control"}.get(model, model)
+    heads = verifiers / HEADS / {"dpo": "sft", "grpo": "sft", "grpo_control": "clean_control"}.get(model, model)
     return replace(signal, folder=str((verifiers / MODEL if signal.by == "prm" else heads).resolve()))
 
 

@@ -15,16 +15,18 @@ from typing import Any
 from datasets import Features, List, Value
 
 from actors.engines import Completion, Request, Sampling
+from actors.heads import HeadError
 from actors.mcts import Vocabulary
 from actors.rollout import RolloutPool
-from actors.search import Case, Meter, Searcher
+from actors.search import Case, Meter, Searcher, StateValue
 from pipeline.backtrack.searched import Searched, pairs, step_values
 from pipeline.config import UndoSettings
 from pipeline.search_page import Drawn, draw, render
 from pipeline.stages.io import Codec, read_problems, write_json, write_rows
 from pipeline.stages.kept import Kept, tuples
+from pipeline.stages.prm import MODEL as PRM
 from pipeline.stages.rollouts import context_length, row_seed, within_context
-from pipeline.stages.stage import Context
+from pipeline.stages.stage import Context, StageError
 from pipeline.tasks.problem import Problem
 from verifiers.tasks import judge_of
 
@@ -96,7 +98,11 @@ def run(context: Context) -> None:
     pool = context.workers.pool(folder, context.digests[model], context_length(context))
     cases = _cases(context, codec, pool, ends_right)
     words = Vocabulary(codec.rule.step_end_ids, codec.stop_id, codec.rule.undo_id, frozenset(codec.spare_ids))
-    searcher = Searcher(pool.shared(), how, words, settings.run.seed, settings.rollouts.batch, ends_right)
+    values = _state_values(context)
+    if how.rollout == "step" and values is None:
+        context.terminal.info("search: no process reward model has been trained yet: simulations of this round run to the end")
+        how = how.model_copy(update={"rollout": "end"})
+    searcher = Searcher(pool.shared(), how, words, settings.run.seed, settings.rollouts.batch, ends_right, values)
     workers = context.workers.search(searcher, pool)
     try:
         with context.terminal.stage("search", len(cases)) as progress, Kept(context.resume / "trees.jsonl") as kept:
@@ -110,6 +116,18 @@ def run(context: Context) -> None:
     trees = [found[case.problem.id] for case in cases if case.problem.id in found]
     _write(context, codec, {case.problem.id: case.problem for case in cases}, trees)
     _say(context, trees, workers.meter)
+
+
+def _state_values(context: Context) -> StateValue | None:
+    """What values states; None where nothing is asked to, or where the run has made no process reward model yet."""
+    asked = context.settings.search.prm
+    if asked is None or asked == "run" and "prm" not in context.inputs:
+        return None
+    folder = context.inputs["prm"] / PRM if asked == "run" else Path(asked)
+    try:
+        return context.workers.verifiers().state_values(folder)
+    except HeadError as error:
+        raise StageError(f"search.prm: {error}") from error
 
 
 def _cases(context: Context, codec: Codec, pool: RolloutPool, ends_right: EndsRight) -> list[Case]:

@@ -110,15 +110,36 @@ def test_new_weights_in_place_equal_a_fresh_engine(name: str, request: pytest.Fi
     assert_same(engine.generate(requests(), GREEDY), plain(folders[0], GREEDY))
 
 
-def test_a_sampled_row_depends_on_its_seed_alone(vllm: Engine) -> None:
-    """vLLM in fp32 with one row a batch and with all rows: the same seeds give the same tokens up to rounding of ties."""
-    hot = Sampling(temperature=1, top_p=1, max_tokens=24, stop_id=STOP)
-    together = vllm.generate(requests(), hot)
-    assert vllm.generate(requests(), hot) == together
-    other = vllm.generate([Request(prompt, seed + 1000) for seed, prompt in enumerate(PROMPTS)], hot)
+@pytest.mark.parametrize("name", ["vllm", "hf"])
+def test_a_sampled_row_depends_on_its_seed_alone(name: str, request: pytest.FixtureRequest) -> None:
+    """In fp32 with one row a batch and with all rows: the same seeds give the same tokens up to rounding of ties."""
+    engine: Engine = request.getfixturevalue(name)
+    hot = Sampling(temperature=1, top_p=0.95, max_tokens=24, stop_id=STOP)
+    together = engine.generate(requests(), hot)
+    assert engine.generate(requests(), hot) == together
+    other = engine.generate([Request(prompt, seed + 1000) for seed, prompt in enumerate(PROMPTS)], hot)
     assert other != together
-    alone = [vllm.generate([one], hot)[0] for one in requests()]
+    alone = [engine.generate([one], hot)[0] for one in requests()]
     assert sum(a == b for a, b in zip(alone, together, strict=True)) >= len(PROMPTS) - 1
+
+
+def test_rows_that_have_ended_make_room_for_others(folders: tuple[Path, Path]) -> None:
+    """Five slots for 24 rows of different lengths: every row is what it is alone, as far as it has room."""
+    whole, how = plain(folders[0], GREEDY), replace(GREEDY, top=2)
+    engine = HfEngine.from_folder(folders[0], EngineSettings(max_num_seqs=5))
+    rooms = [1 + 5 * at % 30 for at in range(len(PROMPTS))]
+    found = engine.generate([Request(prompt, 0, room) for prompt, room in zip(PROMPTS, rooms, strict=True)], how)
+    for one, other, room in zip(found, whole, rooms, strict=True):
+        assert one.token_ids == other.token_ids[:room] and one.logprobs == pytest.approx(other.logprobs[:room], abs=1e-4)
+        assert [named[0][0] for named in one.top] == list(one.token_ids)
+    assert engine.generate([], how) == []
+
+
+def test_a_row_may_have_less_room_than_its_batch(vllm: Engine, folders: tuple[Path, Path]) -> None:
+    rooms = [1 + 5 * at % 30 for at in range(len(PROMPTS))]
+    found = vllm.generate([Request(prompt, 0, room) for prompt, room in zip(PROMPTS, rooms, strict=True)], GREEDY)
+    wanted = [one.token_ids[:room] for one, room in zip(plain(folders[0], GREEDY), rooms, strict=True)]
+    assert [one.token_ids for one in found] == wanted
 
 
 def test_auto_takes_vllm_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

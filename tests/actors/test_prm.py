@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +30,7 @@ from actors.prm import (
     solution_score,
 )
 from pipeline.prm_config import PrmSettings
-from tests.actors.trained import prepared
+from tests.actors.trained import content, prepared
 
 END, STOP = 9, 1
 ENDS = frozenset({END})
@@ -59,6 +65,35 @@ def trained(base: Path) -> tuple[Path, VerifierCurve]:
     target, curve = base.parent / "prm", VerifierCurve()
     fit(base, target, spoiled_rows(32), spoiled_rows(8), settings(), ENDS, STOP, 0, curve)
     return target, curve
+
+
+def killed_after(writes: int, source: Path, target: Path, resume: Path) -> None:
+    """Train in another process that is killed by -9 as it begins to write its checkpoint of that number, counted from 0."""
+    done = subprocess.run(
+        [sys.executable, __file__, str(writes), str(source), str(target), str(resume)],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONPATH": "."}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    assert not target.exists()
+
+
+def fit_resumed(source: Path, target: Path, resume: Path | None) -> VerifierCurve:
+    small = settings(steps=30, check_every=8, checkpoint_every=7)
+    return fit(source, target, spoiled_rows(32), spoiled_rows(8), small, ENDS, STOP, 0, VerifierCurve(), resume)
+
+
+def test_killed_and_gone_on(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the second checkpoint is written. The weights are those of one go, bit for bit."""
+    whole = fit_resumed(base, tmp_path / "whole", None)
+    killed_after(1, base, tmp_path / "again", tmp_path / "resume")
+    assert sorted(path.name for path in (tmp_path / "resume").iterdir()) == ["step-14.part", "step-7"]
+    again = fit_resumed(base, tmp_path / "again", tmp_path / "resume")
+    assert content(tmp_path / "again") == content(tmp_path / "whole") and asdict(again) == asdict(whole)
+    assert (tmp_path / "again" / HEAD).read_bytes() == (tmp_path / "whole" / HEAD).read_bytes()
+    # Behind the last step nothing is trained again.
+    monkeypatch.setattr("actors.prm.loss", lambda *_: pytest.fail("trained again"))
+    assert asdict(fit_resumed(base, tmp_path / "third", tmp_path / "resume")) == asdict(whole)
+    assert content(tmp_path / "third") == content(tmp_path / "whole")
 
 
 def slow_values(model: ProcessRewardModel, ids: Sequence[int], at: Sequence[int]) -> list[float]:
@@ -116,6 +151,25 @@ def test_its_users_see_the_same_values(trained: tuple[Path, VerifierCurve]) -> N
     scores = model.scorer()(torch.zeros(3, 32), visible).tolist()
     assert scores[1] == math.inf
     assert [scores[0], scores[2]] == pytest.approx(wanted[:2], abs=1e-4)
+
+
+def test_states_that_begin_alike_share_a_row_and_are_worth_the_same(
+    trained: tuple[Path, VerifierCurve], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ProcessRewardModel.load(trained[0])
+    prompt, other = (5, 6), (5, 7)
+    ways = [(21, 30, END), (21, 30, END, 20, 31, END), (), (21, 30, END, 20, 31, END, 22, STOP), (21, 33, END), (21, 30, END)]
+    states = [(one, ids) for ids in ways for one in (prompt, other)]
+    rows: list[int] = []
+    values = model.values
+    monkeypatch.setattr(model, "values", lambda some: rows.append(len(some)) or values(some))
+    found = model.value_of(states)
+    wanted = []
+    for one, ids in states:
+        seen = one + (ids[:-1] if ids[-1:] == (STOP,) else ids)  # a stop id is no step's end
+        wanted += slow_values(model, seen, [len(seen) - 1])
+    assert found == pytest.approx(wanted, abs=1e-4) and rows == [4]
+    assert model.value_of([]) == []
 
 
 def test_step_ends() -> None:
@@ -203,3 +257,22 @@ def test_damaged_weights_are_not_used(base: Path, tmp_path: Path) -> None:
     model.save(tmp_path / "prm")
     with pytest.raises(HeadError, match="not finite"):
         ProcessRewardModel.load(tmp_path / "prm")
+
+
+def _die(writes: int) -> None:
+    """Make this process kill itself, as `kill -9` would, with a checkpoint half written."""
+    write, done = torch.save, list[Path]()
+
+    def patched(state: Any, file: Path) -> None:
+        if len(done) == writes:
+            file.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(file)
+        write(state, file)
+
+    torch.save = patched  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    _die(int(sys.argv[1]))
+    fit_resumed(*map(Path, sys.argv[2:]))

@@ -18,6 +18,7 @@ from actors.mcts import Tree
 from actors.parts import Quarantine, Quarantined
 from actors.search import Case, Searcher, SearchError
 from actors.search_workers import SearchWorkers
+from actors.verifier_actor import StateValues
 from pipeline.backtrack.searched import Searched
 from pipeline.cluster_config import ActorResources
 from pipeline.tasks.problem import Problem
@@ -199,6 +200,34 @@ def test_the_problems_of_a_dead_worker_go_to_others_until_none_is_left(cluster: 
     started.close()
     with pytest.raises(ClusterError, match="every search worker died"):
         list(started.search(CASES))
+
+
+@ray.remote
+class Valued:
+    """An actor with a process reward model that says how many ids a state has, and fails when the prompt is odd."""
+
+    def value_of(self, folder: str, states: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[float]:
+        if any(prompt != PROMPT for prompt, _ in states):
+            raise ValueError("its weights\nare damaged")
+        assert folder == "prm"
+        return [len(ids) / 10 for _, ids in states]
+
+
+def test_workers_ask_one_actor_what_states_are_worth(cluster: None, tmp_path: Path) -> None:
+    """What they find is what one process finds; a model that fails or is gone is not taken for a dead worker."""
+    valued = Valued.options(num_cpus=0.25).remote()  # type: ignore[attr-defined]
+    more: dict[str, Any] = {"rollout": "step", "simulations": 6}
+    here = by_problem(searcher(state_value=lambda states: [len(ids) / 10 for _, _, ids in states], **more).search(CASES))
+    started = SearchWorkers(searcher(state_value=StateValues(valued, "prm"), **more), 2, ActorResources(cpus=0.5), tmp_path)
+    try:
+        assert by_problem(started.search(CASES)) == here
+        with pytest.raises(ClusterError, match="SearchError: the process reward model failed: its weights are damaged"):
+            list(started.search([Case(problem("odd"), (8, 8))]))
+        ray.kill(valued)
+        with pytest.raises(ClusterError, match="SearchError: the actor with the process reward model died"):
+            list(started.search(CASES))
+    finally:
+        started.close()
 
 
 def test_a_dead_worker_is_started_again(cluster: None, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from actors.decode import HfDecoder
 from actors.engines import Completion
 from pipeline import calibrate
-from pipeline.calibrate import SWEEPS, Point, best_of, main, table_of
+from pipeline.calibrate import STAGES, SWEEPS, Point, best_of, main, table_of
 from pipeline.config import DecodeSettings, EngineSettings, EvaluateSettings, Settings
 from pipeline.config import UndoSettings as Undo
 from pipeline.metrics import figures
@@ -95,6 +96,24 @@ def test_every_point_is_a_decode_with_that_setting(run: Path, few: None, capsys:
         assert sweep["use"].endswith(f"{SWEEPS[name].key}={sweep['best']:g}")
     assert undone > 1
     assert found["sweeps"]["bias"]["use"].startswith("decode.threshold=null decode.undo_bias=")
+
+
+@pytest.mark.parametrize(("model", "place"), [("dpo", "dpo"), ("grpo", "grpo"), ("grpo_control", "grpo/control")])
+def test_every_model_that_a_run_can_make_is_calibrated(
+    model: str, place: str, run: Path, few: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run), "--model", model, "--sweep", "threshold"]) == 1
+    assert f"1/{STAGES[model]}: missing" in capsys.readouterr().err
+    folder = run / "1" / place
+    shutil.copytree(run / "1" / "sft", folder)
+    loaded: list[Path] = []
+    load = HfDecoder.from_folder
+    monkeypatch.setattr(HfDecoder, "from_folder", lambda where, *more: loaded.append(where) or load(where, *more))
+    try:
+        assert main([str(run), "--model", model, "--sweep", "threshold", "evaluate.dev=2"]) == 0
+    finally:
+        shutil.rmtree(run / "1" / STAGES[model])
+    assert loaded == [folder] and json.loads((run / "calibration.json").read_text())["model"] == model
 
 
 def test_the_settings_that_are_named_exist() -> None:

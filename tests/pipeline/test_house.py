@@ -19,6 +19,7 @@ FLOORS = {
             "reward_config",
             "cluster_config",
             "dpo_config",
+            "engine_config",
             "grpo_config",
             "prm_config",
             "step_metrics",

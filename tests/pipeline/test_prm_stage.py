@@ -290,19 +290,20 @@ def context_of(inputs: dict[str, Path], out: Path, settings: Settings) -> Any:
 
     workers = SimpleNamespace(pool=pool, verifiers=lambda: verifiers, probe=probe)
     return SimpleNamespace(
-        settings=settings, round=1, out=out, counts={}, inputs=inputs, digests={"model": "m", "sft": "s"}, terminal=Terminal(),
-        workers=workers,
+        settings=settings, round=1, out=out, resume=out.parent / "resume", counts={}, inputs=inputs,
+        digests={"model": "m", "sft": "s"}, terminal=Terminal(), workers=workers,
     )  # fmt: skip
 
 
 def test_the_stage_writes_both_verifiers_and_figures(inputs: dict[str, Path], tmp_path: Path) -> None:
-    context = context_of(inputs, tmp_path / "out", settings_of())
+    short = {"rollouts": RolloutSettings(max_tokens=2)}  # solutions of one step, and a random model writes none that is right
+    context = context_of(inputs, tmp_path / "out", settings_of().model_copy(update=short))
     context.out.mkdir()
     prm.run(cast(Context, context))
     metrics = json.loads((context.out / "metrics.json").read_text())
     assert metrics["prm"][0]["group"] == "all" and metrics["prm"][0]["solutions"] == 8
-    assert metrics["prm"][0]["auroc"] is None  # a random model writes nothing that is right
-    assert any("AUROC is not defined" in line for line in context.terminal.warnings)
+    assert metrics["prm"][0]["auroc"] is None
+    assert any("steps on test problems are wrong: AUROC is not defined" in line for line in context.terminal.warnings)
     assert set(metrics["heads"]) == {"base", "sft"}
     assert context.counts["rows"] + context.counts["held_out"] == 16 and context.counts["states"] > 0
     settings, codec = settings_of(), Codec(inputs["sft"], settings_of().undo, settings_of().base.prompt)
@@ -318,8 +319,9 @@ def test_a_named_folder_and_other_signals_stay(tmp_path: Path) -> None:
     for signal in (None, Signal("entropy", 1.0), Signal("score", 0.5, folder="mine")):
         assert prm.named_signal(signal, tmp_path, "sft") == signal
     assert prm.named_signal(Signal("score", 0.5), None, "sft") == Signal("score", 0.5)
-    named = prm.named_signal(Signal("score", 0.5), tmp_path, "grpo_control")
-    assert named and named.folder == str(tmp_path / "head" / "clean_control")
+    for model, begun_as in {"grpo_control": "clean_control", "dpo": "sft", "base": "base"}.items():
+        named = prm.named_signal(Signal("score", 0.5), tmp_path, model)
+        assert named and named.folder == str(tmp_path / "head" / begun_as)
 
 
 def test_the_graph_reads_what_the_settings_ask_for() -> None:

@@ -13,6 +13,7 @@ import pytest
 from datasets import load_from_disk
 
 from actors.engines import Completion, Request, Sampling
+from actors.prm import ProcessRewardModel
 from actors.search import Meter, Searcher
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import EngineSettings, RolloutSettings, Settings, TraceSettings
@@ -20,7 +21,7 @@ from pipeline.stages import search
 from pipeline.stages.graph import steps
 from pipeline.stages.io import Codec
 from pipeline.stages.sources import searched_errors
-from pipeline.stages.stage import Context
+from pipeline.stages.stage import Context, StageError
 from tests.pipeline.saved import PROBLEMS, save_problems_and_models
 from verifiers.tasks import judge_of
 
@@ -60,9 +61,9 @@ class Scripted:
         return self
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, batch: int) -> tuple[list[Completion], str]:
-        return [self._one(request.prompt_ids) for request in requests], "v"
+        return [self._one(request.prompt_ids, sampling.also_stop) for request in requests], "v"
 
-    def _one(self, ids: tuple[int, ...]) -> Completion:
+    def _one(self, ids: tuple[int, ...], also_stop: Sequence[int]) -> Completion:
         prompt = next(prompt for prompt in self.ways if ids[: len(prompt)] == prompt)
         gold, wrong = self.ways[prompt]
         given = ids[len(prompt) :]
@@ -72,11 +73,14 @@ class Scripted:
         for place in range(len(given), len(way)):
             parts = not on_gold and way[:place] == gold[:place] and way[place] != gold[place]
             top.append(((way[place], -0.1), *(((gold[place], -2.4),) if parts else ())))
-        return Completion(way[len(given) :], (-0.1,) * (len(way) - len(given)), "stop", tuple(top))
+        ids = way[len(given) :]
+        end = next((at + 1 for at, token in enumerate(ids) if token in also_stop), len(ids))
+        return Completion(ids[:end], (-0.1,) * end, "stop", tuple(top[:end]))
 
 
 class Run:
-    def __init__(self, inputs: dict[str, Path], folder: Path, settings: Settings) -> None:
+    def __init__(self, inputs: dict[str, Path], folder: Path, settings: Settings, values: dict[str, Any] | None = None) -> None:
+        """`values`: value functions by the folders of their models."""
         self.codec = Codec(inputs["model"], settings.undo, settings.base.prompt)
         self.out, self.warnings, self.counts = folder, list[str](), dict[str, int]()
         folder.mkdir()
@@ -85,12 +89,17 @@ class Run:
         def progress(*_: Any) -> Iterator[Any]:
             yield SimpleNamespace(update=lambda *_: None)
 
+        def state_values(place: Path) -> Any:
+            return (values or {}).get(str(place)) or ProcessRewardModel.load(place)
+
         pool = Scripted(self.codec)
         self.context = SimpleNamespace(
             settings=settings, round=1, out=folder, counts=self.counts, inputs=inputs, digests={"model": "m"},
             resume=folder.parent / f"{folder.name}-resume",
             terminal=SimpleNamespace(stage=progress, warn=self.warnings.append, info=self.warnings.append),
-            workers=SimpleNamespace(pool=lambda *_: pool, search=Here),
+            workers=SimpleNamespace(
+                pool=lambda *_: pool, search=Here, verifiers=lambda: SimpleNamespace(state_values=state_values)
+            ),
         )  # fmt: skip
         search.run(cast(Context, self.context))
 
@@ -189,6 +198,57 @@ def test_a_right_answer_by_a_false_step_is_no_right_end(inputs: dict[str, Path])
     assert not right(one, codec.solution_ids(f"So <<1+1=3>>3.\n{one.solution}"))
 
 
+# ---- the process reward model as value ----
+
+
+def test_states_are_valued_by_the_process_reward_model(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """One step a simulation: what a state without an end below it is worth is what the model says."""
+    asked: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+
+    def value_of(states: Sequence[tuple[Any, tuple[int, ...], tuple[int, ...]]]) -> list[float]:
+        asked.extend((prompt, ids) for _, prompt, ids in states)
+        return [len(ids) % 7 / 10 for _, _, ids in states]
+
+    folder = tmp_path / "prm"
+    run = Run(
+        inputs, tmp_path / "out", settings_of(prm=str(folder), rollout="step", problems=4, simulations=1), {str(folder): value_of}
+    )
+    trees = run.rows("trees")
+    assert len(set(asked)) == len(asked) > 0
+    for tree in trees:
+        leaves = [node for node in range(len(tree["parent"])) if node not in tree["parent"]]
+        open_ones = [node for node in leaves if tree["right"][node] < 0 and tree["visits"][node] == 1]
+        assert open_ones
+        for node in open_ones:
+            ids = tuple(path(tree, node))
+            assert tree["value"][node] == pytest.approx(len(ids) % 7 / 10) and (tuple(tree["prompt_ids"]), ids) in asked
+
+
+def test_a_round_without_a_process_reward_model_yet(inputs: dict[str, Path], tmp_path: Path) -> None:
+    asked = settings_of(prm=str(tmp_path), rollout="step", problems=3)
+    settings = asked.model_copy(update={"search": asked.search.model_copy(update={"prm": "run"})})
+    run, plain = Run(inputs, tmp_path / "out", settings), Run(inputs, tmp_path / "plain", settings_of(problems=3))
+    assert "run to the end" in run.warnings[0] and run.rows("trees") == plain.rows("trees")
+
+
+def test_a_folder_that_holds_no_process_reward_model(inputs: dict[str, Path], tmp_path: Path) -> None:
+    (place,) = (stage for _, stage in steps(settings_of(prm=str(tmp_path))) if stage.name == "search")
+    with pytest.raises(StageError, match=r"search\.prm: no process reward model in .*: it has no prm\.json"):
+        place.settings(settings_of(prm=str(tmp_path)))
+    with pytest.raises(StageError, match=r"search\.prm: .* is no process reward model"):
+        Run(inputs, tmp_path / "out", settings_of(prm=str(tmp_path)))
+
+
+def test_a_changed_process_reward_model_is_a_changed_input(tmp_path: Path) -> None:
+    (tmp_path / "prm.json").write_text("{}")
+    settings = settings_of(prm=str(tmp_path))
+    (stage,) = (stage for _, stage in steps(settings) if stage.name == "search")
+    before = stage.settings(settings)
+    assert stage.settings(settings) == before
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    assert stage.settings(settings) != before
+
+
 # ---- its place in a run ----
 
 
@@ -201,6 +261,35 @@ def test_where_the_stage_stands() -> None:
     assert before.index("judge") < before.index("search") < before.index("traces")
     behind = order(search={"problems": 5, "model": "sft"})
     assert behind.index("search") == behind.index("sft") + 1
+
+
+@pytest.mark.parametrize(
+    ("model", "labels", "behind", "wanted"),
+    [
+        ("sft", "judge", "prm", [(1, 1), (2, 2)]),
+        ("sft", "search", "sft", [(2, 1)]),  # it makes the labels of the process reward model
+        ("start", "judge", "judge", [(2, 1)]),
+    ],
+)
+def test_which_process_reward_model_a_search_asks(model: str, labels: str, behind: str, wanted: list[tuple[int, int]]) -> None:
+    settings = Settings.model_validate(
+        {
+            "run": {"rounds": 2},
+            "search": {"problems": 5, "model": model, "prm": "run"},
+            "prm": {"steps": 5, "labels": labels},
+            "dpo": {"steps": 5, "pairs": "search"},
+        }
+    )
+    order = steps(settings)
+    found = [
+        (round, one.round) for round, stage in order if stage.name == "search" for one in stage.inputs(round) if one.name == "prm"
+    ]
+    names = [stage.name for round, stage in order if round == 1]
+    assert found == wanted and names.index("search") == names.index(behind) + 1
+    made: list[tuple[int, str]] = []
+    for round, stage in order:  # nothing is read before it is made
+        assert all((one.round, one.stage) in made for one in stage.inputs(round) if one.stage in ("prm", "search", "sft"))
+        made.append((round, stage.name))
 
 
 @pytest.mark.parametrize(("model", "wanted"), [("start", [(1, 1), (2, 2)]), ("sft", [(2, 1)])])
@@ -225,6 +314,13 @@ def test_which_trees_traces_read(model: str, wanted: list[tuple[int, int]]) -> N
         ({"search": {"tokens": 0}}, "greater than or equal to 1"),
         ({"search": {"expand": "samples"}}, "needs a temperature above 0"),
         ({"traces": {"mix": {"search": 1.0}}}, "needs search.problems, or traces.search_trees"),
+        ({"search": {"problems": 5, "rollout": "step"}}, "rollout: step needs search.prm, run or a folder"),
+        ({"search": {"problems": 5, "prm": "run"}}, "needs the stage prm: set prm.steps"),
+        ({"search": {"problems": 5, "prm": "run"}, "prm": {"steps": 5}}, "never there in the only round"),
+        (
+            {"search": {"problems": 5, "prm": "run", "model": "sft"}, "prm": {"steps": 5, "labels": "both"}},
+            "never there in the only round",
+        ),
     ],
 )
 def test_bad_settings(more: dict[str, Any], why: str) -> None:
