@@ -67,7 +67,10 @@ def _serve(store: Store, options: argparse.Namespace, terminal: Terminal) -> int
     app = application(shelf, Doubts(store), library.name, hosts)
     terminal.info(f"{len(library.table):,} rollouts of {library.name} at http://{name}:{port}/ (Ctrl-C ends it)")
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
-    server.run(sockets=[listening])
+    try:
+        server.run(sockets=[listening])
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     return 0
 
 
@@ -117,7 +120,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)")
     parser.add_argument("--port", type=int, default=_PORT, help="0 takes a free one (default: %(default)s)")
     parser.add_argument(
-        "--allowed-host", action="append", default=[], metavar="NAME", help="another name by which browsers may call this server"
+        "--allowed-host",
+        action="append",
+        default=[],
+        type=_host_name,
+        metavar="NAME",
+        help="another name by which browsers may call this server",
     )
     parser.add_argument("--export", type=Path, metavar="FILE", help="write one HTML file, or into a folder, and end")
     parser.add_argument(
@@ -127,6 +135,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--most", type=positive, default=_MOST, metavar="N", help="rollouts to export (default: %(default)s)")
     parser.add_argument("--p-undo", action="store_true", help="export P(U) behind every token: asks the run's models")
     return parser.parse_args(arguments)
+
+
+def _host_name(text: str) -> str:
+    if not text or not all(char.isalnum() or char in ".-:[]" for char in text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a host")
+    return text
 
 
 def _condition(text: str) -> str:

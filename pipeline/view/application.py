@@ -44,8 +44,13 @@ class Shelf:
             return self._library
 
     def _now(self) -> tuple[tuple[str, int], ...]:
-        files = sorted(self._store.root.glob("*/*/manifest.json"))
-        return tuple((str(file), file.stat().st_mtime_ns) for file in files if file.exists())
+        found = []
+        for file in sorted(self._store.root.glob("[0-9]*/*/manifest.json")):
+            try:
+                found.append((str(file), file.stat().st_mtime_ns))
+            except OSError:  # it is being replaced
+                continue
+        return tuple(found)
 
     def _damage(self, round: int, stage: str) -> str | None:
         """As `Store.check`, once for each time that an output was written."""

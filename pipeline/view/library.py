@@ -27,6 +27,7 @@ from pipeline.stages.search import STEPS, TREES
 from pipeline.store import Manifest, Store, StoreError
 from pipeline.tasks.problem import Problem
 from pipeline.view.filters import FACETS, Facet, Mask, Table
+from pipeline.view.logged import FOLDER, LoggedSource, log_files
 from pipeline.view.sources import (
     UNKNOWN,
     VERDICTS,
@@ -65,6 +66,8 @@ class Rollout:
     tokens: int
     reward: float | None
     components: tuple[tuple[str, float], ...]
+    step: int | None
+    """Of the training that it comes from."""
     raw: str
     """As written, undo tokens spelled out."""
     pieces: Sequence[Piece]
@@ -133,21 +136,20 @@ class Library:
         self._problems = read_rows(store.path(0, "problems"))
         self._ids = column(self._problems, "id")
         self._codecs: dict[tuple[str, str, str], Codec] = {}
-        self.sources: list[Source] = [*self._rollouts(), *self._evaluations()]
+        self.sources: list[Source] = [*self._rollouts(), *self._evaluations(), *self._logged()]
         self.trees: dict[int, Dataset] = {
             round: read_rows(store.path(round, stage) / TREES) for (round, stage) in self._manifests if stage == "search"
         }
         if not self.sources:
-            nothing = f"{store.root} holds no rollouts: it has no output of the stages rollouts and evaluate"
+            nothing = f"{store.root} holds no rollouts: no output of the stages rollouts and evaluate"
             raise StoreError("; ".join([nothing, *self.notes]))
-        self._starts = np.cumsum([0, *(source.manifest.counts["rows"] for source in self.sources)])
+        self._starts = np.cumsum([0, *(source.count for source in self.sources)])
         self.table = self._table()
 
     def _find(self) -> dict[tuple[int, str], Manifest]:
         """What is whole; the models are not looked at before they are used."""
         found = {}
-        folders = [path for path in self.store.root.iterdir() if path.name.isascii() and path.name.isdigit() and path.is_dir()]
-        for round in sorted(int(folder.name) for folder in folders):
+        for round in self._rounds():
             for stage in ("problems", "rollouts", "judge", "evaluate", "search"):
                 if self.store.path(round, stage).is_dir():
                     damage = self._damage(round, stage)
@@ -174,6 +176,28 @@ class Library:
             if stage == "evaluate":
                 yield EvaluatedSource(manifest, read_rows(self.store.path(round, stage)))
 
+    def _logged(self) -> Iterable[Source]:
+        folder = self.store.root / FOLDER
+        for round in self._rounds():
+            if log_files(folder, "grpo", round):
+                # How undos act stands in what the stage has written, or while it goes on in what it started from.
+                manifest = self.store.manifest(round, "grpo") or self.store.manifest(round, "sft")
+                if manifest is None:
+                    self.notes.append(
+                        f"round {round}: rollouts logged by grpo are left out, for its output and that of sft are gone"
+                    )
+                    continue
+                settings: Any = manifest.settings
+                source = LoggedSource(folder, "grpo", round, UndoSettings(**settings["undo"]))
+                if source.bad:
+                    self.notes.append(f"round {round}: {source.bad:,} lines logged by grpo are no rollouts and are left out")
+                if source.count:
+                    yield source
+
+    def _rounds(self) -> list[int]:
+        folders = [path for path in self.store.root.iterdir() if path.name.isascii() and path.name.isdigit() and path.is_dir()]
+        return sorted(int(folder.name) for folder in folders)
+
     def _table(self) -> Table:
         parts = [source.columns(self.codec(source.undo, source.prompt)) for source in self.sources]
         problem = np.concatenate([self._numbers(part.problem) for part in parts])
@@ -184,7 +208,7 @@ class Library:
                 values = of_problem[name]
                 chunks = [pa.DictionaryArray.from_arrays(values.indices.take(pa.array(problem % len(values))), values.dictionary)]
             else:
-                own = {"stage": lambda source: source.stage, "round": lambda source: str(source.manifest.round)}.get(name)
+                own = {"stage": lambda source: source.stage, "round": lambda source: str(source.round)}.get(name)
                 chunks = [
                     constant(own(source), len(part.undos)) if own else part.facets[name]
                     for source, part in zip(self.sources, parts, strict=True)
@@ -231,8 +255,8 @@ class Library:
     def number(self, place: Place) -> int | None:
         """The row in the table that stands at a place; None where there is none."""
         for start, source in zip(self._starts, self.sources, strict=False):
-            if (source.manifest.round, source.stage) == (place.round, place.stage):
-                return int(start) + place.at if 0 <= place.at < source.manifest.counts["rows"] else None
+            if (source.round, source.stage) == (place.round, place.stage):
+                return int(start) + place.at if 0 <= place.at < source.count else None
         return None
 
     def _at(self, number: int) -> tuple[Source, int]:
@@ -249,7 +273,7 @@ class Library:
         reward = float(self.table.reward[number])
         return Rollout(
             number=number,
-            place=Place(source.manifest.round, source.stage, at),
+            place=Place(source.round, source.stage, at),
             problem=self._problem_of(taken.problem),
             facets={name: facet.values[facet.codes[number]] for name, facet in self.table.facets.items()},
             undos=undone.undos,
@@ -258,6 +282,7 @@ class Library:
             tokens=len(taken.token_ids),
             reward=None if np.isnan(reward) else reward,
             components=taken.components,
+            step=taken.step,
             raw=written.text,
             pieces=pieces(written.ids, texts, codec.rule),
             surviving=codec.decode(undone.surviving).text,
@@ -273,7 +298,7 @@ class Library:
         facets = {name: facet.values[facet.codes[number]] for name, facet in self.table.facets.items()}
         taken, codec = source.take(at), self.codec(source.undo, source.prompt)
         name, within = source.model_of(facets["model"])
-        output = self._output_of(source.manifest.inputs.get(name))
+        output = self._output_of(source.inputs.get(name))
         if output is None:
             return None
         folder = self.store.path(*output) / within
@@ -285,12 +310,11 @@ class Library:
         return Ask(output, folder, prompt_ids, ids, codec.rule, facets["mode"], rewinding)
 
     def _output_of(self, digest: str | None) -> tuple[int, str] | None:
-        for folder in sorted(self.store.root.glob("*/*/manifest.json")):
-            round, stage = folder.parts[-3:-1]
-            if round.isascii() and round.isdigit():
-                manifest = self.store.manifest(int(round), stage)
+        for round in self._rounds():
+            for file in sorted(self.store.root.glob(f"{round}/*/manifest.json")):
+                manifest = self.store.manifest(round, file.parent.name)
                 if manifest and manifest.digest == digest:
-                    return int(round), stage
+                    return round, manifest.stage
         return None
 
     def siblings(self, rollout: Rollout, most: int = 12) -> list[int]:

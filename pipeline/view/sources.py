@@ -66,6 +66,8 @@ class Taken:
     judged: Judged | None = None
     components: tuple[tuple[str, float], ...] = ()
     """Parts of the reward."""
+    step: int | None = None
+    """Of the training that it comes from."""
 
 
 class Source(Protocol):
@@ -74,7 +76,17 @@ class Source(Protocol):
     @property
     def stage(self) -> str: ...
     @property
-    def manifest(self) -> Manifest: ...
+    def round(self) -> int: ...
+    @property
+    def count(self) -> int:
+        """Rows."""
+        ...
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """Input -> digest, of the output."""
+        ...
+
     @property
     def undo(self) -> UndoSettings: ...
     @property
@@ -89,8 +101,30 @@ class Source(Protocol):
         ...
 
 
+class _Output:
+    """What a manifest says."""
+
+    manifest: Manifest
+
+    @property
+    def round(self) -> int:
+        return self.manifest.round
+
+    @property
+    def count(self) -> int:
+        return self.manifest.counts["rows"]
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        return self.manifest.inputs
+
+    @property
+    def prompt(self) -> str:
+        return str(self.manifest.settings["prompt"])
+
+
 @dataclass(frozen=True)
-class RolloutSource:
+class RolloutSource(_Output):
     """Tries at training problems, with the judge's verdicts where they are of these rollouts."""
 
     manifest: Manifest
@@ -102,10 +136,6 @@ class RolloutSource:
     def undo(self) -> UndoSettings:
         settings: Mapping[str, Any] = self.manifest.settings
         return UndoSettings(token=settings["token"], unit=settings.get("unit", UndoSettings().unit))
-
-    @property
-    def prompt(self) -> str:
-        return str(self.manifest.settings["prompt"])
 
     @property
     def rewinding(self) -> Rewinding:
@@ -150,7 +180,7 @@ class RolloutSource:
 
 
 @dataclass(frozen=True)
-class EvaluatedSource:
+class EvaluatedSource(_Output):
     """Every row of an evaluation."""
 
     manifest: Manifest
@@ -161,10 +191,6 @@ class EvaluatedSource:
     def undo(self) -> UndoSettings:
         settings: Mapping[str, Any] = self.manifest.settings
         return UndoSettings(**settings["undo"])
-
-    @property
-    def prompt(self) -> str:
-        return str(self.manifest.settings["prompt"])
 
     @property
     def rewinding(self) -> Rewinding:

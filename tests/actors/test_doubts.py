@@ -37,7 +37,8 @@ def test_one_forward_for_each_token(unit: str, rewinding: str, mode: str) -> Non
         wanted = []
         for end in range(1, len(ids) + 1):
             given = context(ids, end, unit, rewinding, mode)
-            logits = model(input_ids=torch.tensor([given])).logits[0, -1]
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([given])).logits[0, -1]
             wanted.append(float(logits.softmax(-1)[U]))
         found = p_undo(model, PROMPT, ids, rule(unit), mode, rewinding)  # type: ignore[arg-type]
         assert found == pytest.approx(wanted, abs=1e-6)

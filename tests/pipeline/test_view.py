@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import socket
@@ -14,9 +15,11 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from markupsafe import escape
 
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import UndoSettings
+from pipeline.report import number as number_text
 from pipeline.stages.io import read_rows
 from pipeline.store import Store, StoreError
 from pipeline.view.__main__ import main
@@ -139,7 +142,7 @@ def test_p_undo_is_asked_of_the_model_that_wrote(server: Running, store: Store, 
         found[model] = doubts.of(ask)
         assert all(0 <= p <= 1 for p in found[model])
         page = server.get(f"/rollout/1/evaluate/{library.rollout(number).place.at}?p_undo=1")
-        assert f"{max(found[model]):.3f}" in page and 'id="doubt"' in page
+        assert f"<td>{escape(number_text(max(found[model]), 3))}</td>" in page and 'id="doubt"' in page
     assert found["base"] != found["clean_control"]
     assert library.ask(0) is not None and len(doubts.of(library.ask(0))) > 0  # type: ignore[arg-type]
 
@@ -258,6 +261,42 @@ def test_an_output_that_comes_later_is_shown(store: Store, tmp_path: Path) -> No
     assert shelf.library().table.facets["stage"].values == ("rollouts",)
     shutil.move(tmp_path / "aside", copy.path(1, "evaluate"))
     assert set(shelf.library().table.facets["stage"].values) == {"rollouts", "evaluate"}
+
+
+def test_logged_rollouts_have_rewards(store: Store, tmp_path: Path) -> None:
+    copy = Store(tmp_path / "copy")
+    shutil.copytree(store.root, copy.root)
+    folder = copy.root / "logs" / "rollouts"
+    folder.mkdir(parents=True)
+    codec = Library(store).codec(UndoSettings(**QUERY["undo"]), QUERY["prompt"])
+    ids = [*codec.encode("no\n"), codec.rule.undo_id, *codec.encode("yes")]
+    row: dict[str, Any] = {
+        "format": 1, "at": 1.5, "stage": "grpo", "round": 1, "step": 3, "id": "a", "problem": PROBLEMS[0].id, "model": None,
+        "version": "v", "mode": "rewind", "temperature": 1.0, "finish": "stop", "undos": 1, "correct": True, "reward": 0.75,
+        "components": {"answer": 1.0, "undo": -0.25}, "token_ids": ids, "logprobs": [],
+    }  # fmt: skip
+    older = [row | {"id": "b", "reward": -1.0, "correct": None}, row | {"reward": 9.0}]
+    (folder / "grpo-1.jsonl.1").write_text("".join(f"{json.dumps(one)}\n" for one in older))
+    bad = [json.dumps(row | {"id": "c", "token_ids": ["x"]}), "[1]", json.dumps(row | {"id": "d", "step": "x"})]
+    (folder / "grpo-1.jsonl").write_text("\n".join([json.dumps(row), *bad, '{"id": "half']))
+    settings = {"key": "k", "settings": QUERY, "inputs": {}, "seed": 0}
+    with copy.write(1, "grpo", **settings) as draft:
+        draft.counts["rows"] = 2
+    library = Library(copy)
+    assert library.notes == ["round 1: 4 lines logged by grpo are no rollouts and are left out"]
+    found = chosen(library, stage="grpo", order="high")
+    assert [library.rollout(number).reward for number in found] == [0.75, -1.0]
+    one = library.rollout(found[0])
+    assert (one.facets["verdict"], one.step, one.undos, one.surviving) == ("right", 3, 1, "yes")
+    assert one.components == (("answer", 1.0), ("undo", -0.25)) and library.ask(found[0]) is None
+    assert chosen(library, reward_from="0") == found[:1] and chosen(library, reward_to="0", undos_from="1") == found[1:]
+    running = Running(copy)
+    try:
+        page = running.get("/rollout/1/grpo/1?reward_to=0")
+        page += running.get(f"/rollout/1/grpo/{one.place.at}")
+    finally:
+        running.stop()
+    assert "+0.750" in page and '<th scope="row">undo</th><td>−0.250</td>' in page and "is not in the run any more" in page
 
 
 def test_what_the_command_cannot_do(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,9 +29,7 @@ def rows_of(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
-    facets = {
-        name: Facet(values, np.array([values.index(row[name]) for row in rows], np.int32)) for name, values in VALUES.items()
-    }
+    facets = {name: Facet(values, np.array([values.index(row[name]) for row in rows], np.int32)) for name, values in VALUES.items()}
     numbers = {name: np.array([row[name] for row in rows], np.int32) for name in ("undos", "tokens", "problem")}
     return Table(facets, reward=np.array([row["reward"] for row in rows], np.float32), **numbers)
 
