@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         if not 1 <= options.first_round <= settings.run.rounds:
             raise StageError(f"--from-round must lie in 1 .. run.rounds = {settings.run.rounds}, is {options.first_round}")
         _import_rewards(settings)
+        _find_deepspeed(settings)
     except (ConfigError, StageError) as error:
         terminal.error(str(error))
         return _USAGE
@@ -67,6 +69,15 @@ def _import_rewards(settings: Settings) -> None:
             Rewards(settings.grpo.reward)
         except RewardError as error:
             raise ConfigError(f"grpo.reward.{error}") from error
+
+
+def _find_deepspeed(settings: Settings) -> None:
+    """Nor is this."""
+    file = settings.sft.deepspeed
+    if file is not None and not Path(file).is_file():
+        raise ConfigError(f"sft.deepspeed: there is no file {file}")
+    if file is not None and find_spec("deepspeed") is None:
+        raise ConfigError("sft.deepspeed: the package deepspeed is not installed")
 
 
 def run_folder(settings: Settings) -> Path:

@@ -179,6 +179,9 @@ class Pipeline:
         for file in self._store.path(*place).iterdir():
             if file.is_file() and file.name not in (MANIFEST, "curve.json"):
                 shutil.copyfile(file, part / file.name)
+        adapter = self._store.path(*place) / "adapter"  # of LoRA, beside the merged weights
+        if adapter.is_dir():
+            shutil.copytree(adapter, part / adapter.name)
         for name in ("README.md", "retract.json"):
             shutil.copyfile(report / name, part / name)
         if head:

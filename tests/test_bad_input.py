@@ -109,6 +109,16 @@ def test_a_stage_whose_input_is_not_there(tmp_path: Path, capsys: pytest.Capture
     assert "judge needs problems of round 0, which is not there: select it too" in one_line(capsys)
 
 
+def test_deepspeed_is_missed_before_any_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "ds.json"
+    asked = [f"run.root={tmp_path}", f"sft.deepspeed={file}", "cluster.learner_workers=2"]
+    assert main(asked) == 2
+    assert capsys.readouterr().err == f"error: sft.deepspeed: there is no file {file}\n"
+    file.write_text("{}")
+    assert main(asked) == 2
+    assert capsys.readouterr().err == "error: sft.deepspeed: the package deepspeed is not installed\n"
+
+
 def test_a_reward_of_ones_own_is_missed_before_any_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = ["grpo.steps=5", "grpo.reward.custom.mine.function=no_such_module_at_all:f"]
     assert main(["--config", "smoke", f"run.root={tmp_path / 'runs'}", *wanted]) == 2

@@ -112,7 +112,12 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
         ("sft: {lr: 2}", [], "sft.lr (set in FILE): should be less than or equal to 1, not 2"),
         ("", ["rollouts.samples=0"], "rollouts.samples (set in the command line): should be greater than or equal to 1, not 0"),
         ("run: {name: ../up}", [], "run.name (set in FILE): String should match pattern"),
-        ("base: {prompt: hello}", [], "base.prompt (set in FILE): must hold {question} exactly once, not 'hello'"),
+        (
+            "base: {prompt: hello}",
+            [],
+            "base.prompt (set in FILE): must hold {question} exactly once, and other braces doubled, not 'hello'",
+        ),
+        ('base: {prompt: "{question} {x}"}', [], "base.prompt (set in FILE): must hold {question} exactly once, and other braces"),
         ("base: {scratch: {width: 100}}", [], "base.scratch (set in FILE): width must be a multiple of 2 x heads (8), is 100"),
         ("task: {steps: [9, 3]}", [], "task (set in FILE): steps must be [fewest, most]"),
         ("task: {name: countdown, numbers: 2}", [], "task.numbers (set in FILE): should be greater than or equal to 3, not 2"),
