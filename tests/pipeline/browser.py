@@ -25,6 +25,10 @@ def chromium() -> str:
     pytest.skip("no browser: install chromium to run this test")
 
 
+class BrowserError(RuntimeError):
+    """What the browser answers in place of a result, such as between two documents."""
+
+
 class Browser:
     """One page."""
 
@@ -75,7 +79,8 @@ class Browser:
         while True:
             answer = json.loads(self._socket.recv(PATIENCE))
             if answer.get("id") == self._count:
-                assert "error" not in answer, answer
+                if "error" in answer:
+                    raise BrowserError(answer["error"])
                 result: dict[str, Any] = answer["result"]
                 return result
 
@@ -91,7 +96,13 @@ class Browser:
 
     def loaded(self) -> None:
         """Wait for another document than the one that was marked as left."""
-        self._until(lambda: self.js("!window.left && document.readyState === 'complete'"))
+        self._until(self._is_loaded)
+
+    def _is_loaded(self) -> bool:
+        try:
+            return bool(self.js("!window.left && document.readyState === 'complete'"))
+        except BrowserError:
+            return False
 
     def click(self, selector: str) -> None:
         """Click what leads to another document."""

@@ -223,12 +223,22 @@ def test_a_phone_has_room_for_it(server: Running, browser: Browser, dark: bool) 
     assert light is not dark
 
 
-def test_an_export_works_from_a_disk(store: Store, browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "out.html"
-    assert main([str(store.root), "--export", str(file), "--where", "model=sft", "--most", "20", "--p-undo"]) == 0
+def exported(store: Store, folder: Path) -> Path:
+    assert main([str(store.root), "--export", str(folder), "--where", "model=sft", "--most", "20", "--p-undo"]) == 0
+    return folder / "rollouts.html"
+
+
+def test_an_export_holds_what_was_asked_for(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    html = exported(store, tmp_path).read_text()
     assert "20 of 32 rollouts" in capsys.readouterr().out
+    assert html.count("<article") == 20 == html.count('class="doubt"') == html.count('data-model="sft"') and "↩ 1" in html
+    assert "<img" not in html and html.count("<script") == 1 and "://" not in html and not re.search(r' (style|on\w+)="', html)
+    assert re.search(r'http-equiv="Content-Security-Policy" content="default-src &#39;none&#39;; style-src &#39;sha256-', html)
+
+
+def test_an_export_works_from_a_disk(store: Store, browser: Browser, tmp_path: Path) -> None:
+    file = exported(store, tmp_path)
     html = file.read_text()
-    assert html.count("<article") == 20 == html.count('id="doubt"') and "↩ 1" in html and "<img" not in html
     browser.size(1280, 800)
     browser.go(file.as_uri())
     assert browser.js("document.title") == "Rollouts · made"
