@@ -85,7 +85,9 @@ class HfDecoder:
     def from_folder(cls, folder: Path, max_num_seqs: int, row_tokens: int) -> HfDecoder:
         """The model of a folder in fp32, on a GPU if there is one."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+        )
         return cls(model.to(device).eval(), max_num_seqs, row_tokens, folder)
 
     @torch.inference_mode()

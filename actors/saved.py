@@ -70,6 +70,8 @@ class SavedModel:
         """
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} is no model folder: it has no config.json")
+        if not any(folder.glob("*.safetensors")):
+            raise InputError(f"{folder} has no weights in safetensors; pickled ones can run code when they are read, and are not")
         settings = answer_settings({**read_note(folder), **given})
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -59,7 +59,7 @@ class Workers:
     def start(self) -> None:
         if self._ray is None:
             stack = ExitStack()
-            url = stack.enter_context(ray_session(self._settings.cluster))
+            url = stack.enter_context(ray_session(self._settings.cluster, self._log_dir, self._say))
             self._ray = stack
             self._say(f"Ray is up: {ray.cluster_resources().get('CPU', 0):g} CPUs" + (f", dashboard http://{url}" if url else ""))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -17,6 +18,9 @@ from pipeline.stages.graph import NAMES
 from pipeline.stages.stage import StageError
 from pipeline.store import RunLock, StoreError
 from pipeline.telemetry import Terminal, quiet_third_parties
+
+LEAST_FREE = 256 << 20
+"""Bytes without which no run begins: what the smallest one writes, and some room."""
 
 _FAILED, _USAGE, _INTERRUPTED, _TERMINATED = 1, 2, 130, 143
 
@@ -91,6 +95,8 @@ def run_folder(settings: Settings) -> Path:
 
 def _run(settings: Settings, folder: Path, selection: Selection) -> int:
     folder.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(folder).free) < LEAST_FREE:
+        raise StoreError(f"the disk of {folder} is full: {free:,} bytes are free, {LEAST_FREE:,} are needed to begin (run.root)")
     with RunLock(folder):
         log_file = folder / "logs" / "driver.log"
         log_file.parent.mkdir(exist_ok=True)
@@ -112,6 +118,8 @@ def _run(settings: Settings, folder: Path, selection: Selection) -> int:
             terminal.error(str(error))
             return _FAILED
         terminal.summary(lines)
+        for line in pipeline.rounds():
+            terminal.info(line)
         report = pipeline.publish()
         if report:
             terminal.info(f"report: {report}")
