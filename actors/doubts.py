@@ -35,7 +35,7 @@ def seen(prompt_ids: Ids, ids: Ids, rule: UndoRule, mode: Mode, rewinding: Rewin
     stop_id = -1  # none of these ids ends the decode before its time
     # Without room for two more ids no undo would be allowed, which ends a run of them.
     decoding = Decoding(mode, 0.0, 1.0, len(ids) + 2, stop_id, rule, rewinding, None, ban_tried=False, max_undos=len(ids) + 1)
-    cursor = Cursor(DecodeRequest(prompt_ids, 0, ids), decoding, 2)
+    cursor = Cursor(DecodeRequest(prompt_ids, 0, ids), decoding, 1 + max((rule.undo_id, *prompt_ids, *ids)))
     found = []
     while (token := cursor.forced) is not None:
         cursor.take(token, 0.0)
