@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
@@ -26,7 +25,7 @@ from actors.generate import add_answer_options, given_settings, load_decoder
 from actors.live import Live
 from actors.saved import InputError, SavedModel
 from actors.service import Service
-from pipeline.arguments import USAGE, OneLineParser, positive
+from pipeline.arguments import USAGE, OneLineParser, listen, positive
 from pipeline.config import EngineSettings
 
 _FAILED, _INTERRUPTED = 1, 130
@@ -47,7 +46,7 @@ def main(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
     try:
         saved = SavedModel.load(options.model, given_settings(options))
         row_tokens = min(saved.context, options.max_model_len or _ROW_TOKENS)
-        listening = _listen(options.host, options.port)
+        listening = listen(options.host, options.port)
         service = Service(_maker(options, saved, row_tokens))
     except (InputError, OSError, RuntimeError) as error:
         err.write(f"error: {error}\n")
@@ -70,18 +69,6 @@ def main(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
     finally:
         service.stop()
     return _FAILED if service.error else 0
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket, before the engine takes its time to load."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except (OSError, OverflowError) as error:
-        raise InputError(f"cannot listen at {host}:{port}: {getattr(error, 'strerror', None) or error}") from error
-    return listening
 
 
 def _maker(options: argparse.Namespace, saved: SavedModel, row_tokens: int) -> Callable[[], Live]:

@@ -191,9 +191,10 @@ class Page:
     versions: Sequence[tuple[str, str]] = field(default=())
 
 
-def render(page: Page) -> str:
-    """The HTML page."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+def templates(*more: Path) -> Environment:
+    """The templates beside this file, and those of other folders, with the filters that they share. Everything is escaped."""
+    folders = [*more, Path(__file__).parent]
+    environment = Environment(loader=FileSystemLoader(folders), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     filters: dict[str, Callable[..., str | None]] = {
         "percent": percent,
         "interval": interval,
@@ -208,6 +209,12 @@ def render(page: Page) -> str:
         "label": lambda model: LABELS.get(model, model),
     }
     environment.filters |= filters
+    return environment
+
+
+def render(page: Page) -> str:
+    """The HTML page."""
+    environment = templates()
     metrics = page.metrics
     last = max((one["round"] for one in metrics["rounds"]), default=0)
     mode_of = {one["round"]: one["mode"] for one in metrics["rounds"]}

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-
 from pipeline.backtrack.searched import Ids, Searched
-from pipeline.report import count, visible
+from pipeline.report import templates, visible
 from pipeline.tasks.problem import Problem
 
 _LONGEST = 300
@@ -98,13 +95,13 @@ def draw(problem: Problem, tree: Searched, decode: Callable[[Ids], str]) -> Draw
 
 def render(trees: Sequence[Drawn], name: str, searched: int, solved: int) -> str:
     """The page. `searched` and `solved` count all problems of the stage, of which `trees` are some."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["count"] = count
-    environment.filters["text"] = _text
+    environment = templates()
+    environment.filters["text"] = step_text
     template = environment.get_template("search.html.j2")
     return template.render(trees=trees, name=name, searched=searched, solved=solved)
 
 
-def _text(text: str) -> str:
+def step_text(text: str) -> str:
+    """What the page shows of one step."""
     shown = visible(text.rstrip("\n"))
     return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]} …"

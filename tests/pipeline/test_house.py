@@ -40,7 +40,7 @@ FLOORS = {
     "actors": 3,
     **dict.fromkeys(("card", "report", "search_page", "stages"), 4),
     "runner": 5,
-    **dict.fromkeys(("cli", "calibrate"), 6),
+    **dict.fromkeys(("cli", "calibrate", "view"), 6),
     "run": 7,
 }
 TOP_LEVEL = {
