@@ -7,9 +7,11 @@ packages' own business (environment, their configuration files): nothing of them
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +40,7 @@ class Remote:
 
     def __init__(self, url: str, patience: float = PATIENCE) -> None:
         import fsspec  # it takes a moment, which local runs need not spend
+        from fsspec.implementations.local import LocalFileSystem
 
         if re.search(r"://[^/]*@", url):
             raise StoreError("a URL must not hold a name or password, which would be logged: leave them to the environment")
@@ -49,6 +52,7 @@ class Remote:
         except Exception as error:
             raise StoreError(f"{self.url}: {_one_line(error)}") from error
         self._root = str(root).rstrip("/")
+        self._on_disk = isinstance(self._fs, LocalFileSystem)
         # Object stores have no folders; making one of s3fs might make a bucket.
         self._has_folders = not self._fs.async_impl
 
@@ -61,18 +65,29 @@ class Remote:
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        """A small file, in place of an older one."""
-        self._call(f"writing {name}", lambda: self._in_folder(name, lambda: self._fs.pipe_file(self._at(name), content)))
+        """A small file, in place of an older one; on a disk and in an object store nobody sees half of it."""
+
+        def replace() -> None:
+            if self._on_disk:
+                part = f"{self._at(name)}.{uuid.uuid4().hex[:12]}.part"
+                self._fs.pipe_file(part, content)
+                os.replace(part, self._at(name))
+            else:
+                self._fs.pipe_file(self._at(name), content)
+
+        self._call(f"writing {name}", lambda: self._in_folder(name, replace))
 
     def create(self, name: str, content: bytes) -> bool:
         """A small file where there is none yet; whether it is ours. As exclusive as the store allows, see docs/store.md."""
 
-        from fsspec.implementations.local import LocalFileSystem
-
         def exclusive() -> None:
-            if isinstance(self._fs, LocalFileSystem):  # whose pipe_file looks first and writes then
-                with self._fs.open(self._at(name), "xb") as file:
-                    file.write(content)
+            if self._on_disk:  # whose pipe_file looks first and writes then
+                part = f"{self._at(name)}.{uuid.uuid4().hex[:12]}.part"
+                self._fs.pipe_file(part, content)
+                try:
+                    os.link(part, self._at(name))
+                finally:
+                    os.remove(part)
             else:
                 self._fs.pipe_file(self._at(name), content, mode="create")
 

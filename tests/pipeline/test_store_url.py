@@ -155,7 +155,7 @@ class TestFailures:
 
         other = machine(flaky, tmp_path / "b")
         Flaky.before = staticmethod(full)
-        with pytest.raises(StoreError, match="model/weights: OSError.*No space left on device"):
+        with pytest.raises(StoreError, match=r"model/weights: OSError.*No space left on device"):
             other.here(1, "sft")
         assert not other.path(1, "sft").exists() and list((tmp_path / "b" / ".tmp").iterdir()) == []
 
