@@ -16,7 +16,8 @@ from pipeline.runner import Pipeline, Selection
 from pipeline.settings_file import ConfigError, describe_settings, dump_settings, load_settings
 from pipeline.stages.graph import NAMES
 from pipeline.stages.stage import StageError
-from pipeline.store import RunLock, StoreError
+from pipeline.store import Store, StoreError
+from pipeline.store.synced import SyncedStore, is_url, working_copy
 from pipeline.telemetry import Terminal, quiet_third_parties
 
 LEAST_FREE = 256 << 20
@@ -54,11 +55,12 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     folder = run_folder(settings)
     try:
+        store = open_store(settings)
         if options.dry_run:
-            for step in Pipeline(settings, folder, selection, terminal).plan():
+            for step in Pipeline(settings, folder, selection, terminal, store).plan():
                 print(f"round {step.round}  {step.stage:<9} {step.state:<8} {step.why}".rstrip())
             return 0
-        return _run(settings, folder, selection)
+        return _run(settings, store, selection, terminal)
     except (StageError, StoreError) as error:
         terminal.error(str(error))
         return _FAILED
@@ -85,7 +87,12 @@ def _find_deepspeed(settings: Settings) -> None:
 
 
 def run_folder(settings: Settings) -> Path:
-    """The run's folder. Inside a Ray job the working folder is a copy that goes away: a relative root starts at home there."""
+    """The run's folder; of a run at a URL its working copy.
+
+    Inside a Ray job the working folder is a copy that goes away: a relative root starts at home there.
+    """
+    if is_url(settings.run.root):
+        return working_copy(Path(settings.run.cache).expanduser().absolute(), _url(settings))
     root = Path(settings.run.root).expanduser()
     if not root.is_absolute():
         inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
@@ -93,19 +100,30 @@ def run_folder(settings: Settings) -> Path:
     return root / settings.run.name
 
 
-def _run(settings: Settings, folder: Path, selection: Selection) -> int:
+def open_store(settings: Settings) -> Store:
+    """Where the run's outputs are. Raises StoreError when a store at a URL does not answer."""
+    folder = run_folder(settings)
+    return SyncedStore.open(_url(settings), folder) if is_url(settings.run.root) else Store(folder)
+
+
+def _url(settings: Settings) -> str:
+    return f"{settings.run.root.rstrip('/')}/{settings.run.name}"
+
+
+def _run(settings: Settings, store: Store, selection: Selection, waiting: Terminal) -> int:
+    folder = store.root
     folder.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < LEAST_FREE:
         raise StoreError(f"the disk of {folder} is full: {free:,} bytes are free, {LEAST_FREE:,} are needed to begin (run.root)")
-    with RunLock(folder):
+    with store.lock(waiting.info):
         log_file = folder / "logs" / "driver.log"
         log_file.parent.mkdir(exist_ok=True)
         quiet_third_parties(log_file)
         terminal = Terminal(folder / "logs" / "run.log")
         stopped = _Stopped()
         signal.signal(signal.SIGTERM, stopped)
-        terminal.info(f"run {folder}")
-        pipeline = Pipeline(settings, folder, selection, terminal)
+        terminal.info(f"run {folder}" + (f", working copy of {_url(settings)}" if is_url(settings.run.root) else ""))
+        pipeline = Pipeline(settings, folder, selection, terminal, store)
         try:
             lines = pipeline.run()
         except KeyboardInterrupt:

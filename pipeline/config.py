@@ -23,7 +23,10 @@ from pipeline.task_config import CountdownTask, Gsm8kTask, Section, SyntheticTas
 
 class RunSettings(Section):
     name: str = Field("tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Folder of the run below run.root.")
-    root: str = Field("runs", min_length=1, description="Folder that holds all runs; relative to the working folder.")
+    root: str = Field(
+        "runs", min_length=1, description="Folder that holds all runs, relative to the working folder; or a URL (docs/store.md)."
+    )
+    cache: str = Field("~/.cache/retract", min_length=1, description="Folder of working copies, where run.root is a URL.")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything; each row gets its own from it.")
     rounds: int = Field(1, ge=1, le=100, description="Self-play rounds: rollouts .. evaluate on the newest accepted model.")
     patience: int = Field(2, ge=1, le=100, description="Rounds refused in a row after which no other begins.")

@@ -64,9 +64,9 @@ class Planned:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A stage's inputs on disk and the key that its output would have."""
+    """Where a stage's inputs stand and the key that its output would have."""
 
-    folders: dict[str, Path]
+    places: dict[str, tuple[int, str]]
     digests: dict[str, str]
     settings: dict[str, object]
     key: str
@@ -75,9 +75,12 @@ class Resolved:
 class Pipeline:
     """One run folder and its configuration."""
 
-    def __init__(self, settings: Settings, folder: Path, selection: Selection, terminal: Terminal) -> None:
+    def __init__(
+        self, settings: Settings, folder: Path, selection: Selection, terminal: Terminal, store: Store | None = None
+    ) -> None:
+        """`store`: where a run at a URL is worked on in `folder`."""
         self._settings, self._selection, self._terminal = settings, selection, terminal
-        self._store = Store(folder)
+        self._store = store or Store(folder)
         self._checked: dict[tuple[int, str], str | None] = {}  # damage found, by output; hashing is done once
 
     def plan(self) -> Iterator[Planned]:
@@ -98,6 +101,7 @@ class Pipeline:
         lines: list[StageLine] = []
         folder = self._store.root
         (folder / "config.yaml").write_text(dump_settings(self._settings))
+        self._store.publish("config.yaml")
         with ExitStack() as stack:
             workers: Workers | None = None
             for round, stage in self._steps():
@@ -110,6 +114,8 @@ class Pipeline:
                 else:
                     if why:
                         self._terminal.warn(f"{stage.name}: {why}")
+                    if state == "reuse":
+                        self._store.share(round, stage.name)
                     lines.append(self._line(round, stage, 0.0, "reused" if state == "reuse" else "skipped"))
         return lines
 
@@ -139,8 +145,8 @@ class Pipeline:
         run, refused = self._settings.run, 0
         metrics: dict[str, Any] = {}
         for round in range(1, last + 1):
-            found = self._store.path(round, "evaluate") / "metrics.json"
-            metrics = json.loads(found.read_text()) if found.is_file() else {"accepted": True, "dev": None}
+            found = self._store.text(round, "evaluate", "metrics.json")
+            metrics = json.loads(found) if found else {"accepted": True, "dev": None}
             refused = 0 if metrics["accepted"] else refused + 1
         if refused >= run.patience:
             return f"{refused} in a row were refused (run.patience)"
@@ -158,14 +164,16 @@ class Pipeline:
     def publish(self) -> Path | None:
         """Put the newest report and the newest accepted model beside the rounds; the report's path, or None when there is none."""
         rounds = self._settings.run.rounds
-        source, manifest = self._store.path(rounds, "report"), self._store.manifest(rounds, "report")
+        manifest = self._store.manifest(rounds, "report")
         if manifest is None:
             return None
+        source = self._store.here(rounds, "report")
         for name in ("report.html", "metrics.json"):
             part = self._store.root / f".{name}.part"
             shutil.copyfile(source / name, part)
             part.replace(self._store.root / name)
         self._export_model(source, manifest.digest)
+        self._store.publish("report.html", "metrics.json")
         return self._store.root / "report.html"
 
     def _export_model(self, report: Path, digest: str) -> None:
@@ -175,7 +183,7 @@ class Pipeline:
         if place is None or manifest is None:
             return
         head, head_digest = self._head_of(place)
-        target, made_from = self._store.root / MODEL, f"{manifest.digest}\n{digest}\n{head_digest}"
+        here, target, made_from = self._store.here(*place), self._store.root / MODEL, f"{manifest.digest}\n{digest}\n{head_digest}"
         mark = self._store.root / f".{MODEL}.made-from"
         if target.is_dir() and mark.is_file() and mark.read_text() == made_from:
             return
@@ -183,7 +191,7 @@ class Pipeline:
         part = self._store.root / f".{MODEL}.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        for file in self._store.path(*place).iterdir():
+        for file in here.iterdir():
             if file.is_file() and file.name not in (MANIFEST, "curve.json"):
                 shutil.copyfile(file, part / file.name)
         adapter = self._store.path(*place) / "adapter"  # of LoRA, beside the merged weights
@@ -195,14 +203,16 @@ class Pipeline:
             shutil.copyfile(head, part / head.name)
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
+        self._store.publish(MODEL)
         mark.write_text(made_from)
 
     def _head_of(self, model: tuple[int, str]) -> tuple[Path | None, str]:
         """The verifier head that the stage prm has trained on a model, and its digest."""
         found = self._store.manifest(model[0], "prm")
-        file = self._store.path(model[0], "prm") / "head" / "sft" / "verifier_head.safetensors"
-        # What grpo trained further is another policy.
-        return (file, found.digest) if found and model[1] == "sft" and file.is_file() else (None, "")
+        if found is None or model[1] != "sft":  # what grpo trained further is another policy
+            return None, ""
+        file = self._store.here(model[0], "prm") / "head" / "sft" / "verifier_head.safetensors"
+        return (file, found.digest) if file.is_file() else (None, "")
 
     def _workers(self) -> Workers:
         from actors.workers import Workers  # torch and ray are needed from here on: a run that reuses all never waits for them
@@ -247,7 +257,9 @@ class Pipeline:
         (self._store.root / ".tmp").mkdir(exist_ok=True)
         resume = self._store.root / ".resume" / f"{round}-{stage.name}" / found.key[:16]
         self._forget_checkpoints(resume)
+        inputs = {name: self._store.here(*place) for name, place in found.places.items()}
         with (
+            self._store.keeping(resume, self._terminal.warn),
             tempfile.TemporaryDirectory(dir=self._store.root / ".tmp") as scratch,
             self._store.write(round, stage.name, key=found.key, settings=found.settings, inputs=found.digests, seed=seed) as draft,
         ):
@@ -259,7 +271,7 @@ class Pipeline:
                     scratch=Path(scratch),
                     resume=resume,
                     counts=draft.counts,
-                    inputs=found.folders,
+                    inputs=inputs,
                     digests=found.digests,
                     terminal=self._terminal,
                     workers=workers,
@@ -273,9 +285,11 @@ class Pipeline:
         for other in resume.parent.glob("*"):
             if other != resume or self._selection.force:
                 shutil.rmtree(other)
+        if self._selection.force:
+            self._store.forget(resume)
 
     def _resolve(self, round: int, stage: Stage) -> Resolved:
-        folders, digests = {}, {}
+        places, digests = {}, {}
         for name, place in self._places(round, stage, set()).items():
             assert place is not None  # nothing is about to be rebuilt, so every model is known
             manifest = self._store.manifest(*place)
@@ -283,9 +297,9 @@ class Pipeline:
                 raise StageError(f"{stage.name} needs {place[1]} of round {place[0]}, which is not there: select it too")
             if damage := self._damage(*place):
                 raise StageError(f"{stage.name} needs {place[1]} of round {place[0]}: {damage}")
-            folders[name], digests[name] = self._store.path(*place), manifest.digest
+            places[name], digests[name] = place, manifest.digest
         settings: dict[str, object] = dict(stage.settings(self._settings))
-        return Resolved(folders, digests, settings, stage_key(stage.name, stage.version, settings, digests))
+        return Resolved(places, digests, settings, stage_key(stage.name, stage.version, settings, digests))
 
     def _places(self, round: int, stage: Stage, rebuilt: set[tuple[int, str]]) -> dict[str, tuple[int, str] | None]:
         """Where each input stands; None for a model that depends on an evaluation still to be made."""
@@ -298,8 +312,8 @@ class Pipeline:
         for round in range(wanted.round - 1, 0, -1):
             if (round, "evaluate") in rebuilt:
                 return None
-            metrics = self._store.path(round, "evaluate") / "metrics.json"
-            if metrics.is_file() and json.loads(metrics.read_text())["accepted"]:
+            metrics = self._store.text(round, "evaluate", "metrics.json")
+            if metrics and json.loads(metrics)["accepted"]:
                 return round, trained_stage(self._settings)
         return 0, "base"
 

@@ -19,8 +19,8 @@ import socket
 import stat
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -194,6 +194,60 @@ class Store:
             if full:
                 raise StoreError(f"{target} could not be written: {full}; {free:,} bytes are free there") from error
             raise
+
+    def here(self, round: int, stage: str) -> Path:
+        """The folder of an output, to read from. A store at a URL fetches it first."""
+        return self.path(round, stage)
+
+    def text(self, round: int, stage: str, name: str) -> str | None:
+        """A small file of an output; None where there is none."""
+        file = self.path(round, stage) / name
+        return file.read_text("utf-8") if file.is_file() else None
+
+    def share(self, round: int, stage: str) -> None:
+        """Put an output where others see it: a run folder on a disk is that place."""
+
+    def publish(self, *names: str) -> None:
+        """The same for files and folders beside the rounds."""
+
+    def keeping(self, resume: Path, say: Callable[[str], None]) -> AbstractContextManager[object]:
+        """Around a stage that leaves checkpoints in `resume`: where others need copies of them, makes these."""
+        return nullcontext()
+
+    def forget(self, resume: Path) -> None:
+        """Remove such copies."""
+
+    def lock(self, say: Callable[[str], None] = print) -> AbstractContextManager[object]:
+        """Hold the run for this process, see `RunLock`; `say` is told of what takes time."""
+        return RunLock(self.root)
+
+    def places(self) -> list[tuple[int, str]]:
+        """(round, stage) of every folder in the place of an output."""
+        rounds = sorted(int(folder.name) for folder in self.root.iterdir() if folder.is_dir() and folder.name.isdigit())
+        return [
+            (round, folder.name) for round in rounds for folder in sorted((self.root / str(round)).iterdir()) if folder.is_dir()
+        ]
+
+    def where(self, round: int, stage: str) -> str:
+        return str(self.path(round, stage))
+
+    def size(self, round: int, stage: str) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in self.path(round, stage).rglob("*") if file.is_file())
+
+    def remove(self, round: int, stage: str) -> None:
+        shutil.rmtree(self.path(round, stage))
+
+    @property
+    def name(self) -> str:
+        return str(self.root)
+
+    def leftovers(self, checkpoints: bool) -> list[str]:
+        """What lies about beside outputs: checkpoints of stages that were stopped, if asked for."""
+        return [".resume"] if checkpoints and (self.root / ".resume").is_dir() else []
+
+    def remove_leftover(self, name: str) -> None:
+        shutil.rmtree(self.root / name)
 
     def _load(self, round: int, stage: str) -> Manifest:
         folder = self.path(round, stage)

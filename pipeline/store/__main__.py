@@ -1,36 +1,34 @@
-"""`python -m pipeline.store ls|verify|gc RUN`: what a run folder holds, whether it is whole, and what can go."""
+"""`python -m pipeline.store ls|verify|gc RUN`: what a run holds, in a folder or at a URL, whether it is whole, and what can go."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.arguments import OneLineParser
-from pipeline.store import MANIFEST, Manifest, RunLock, Store, StoreError
+from pipeline.store import MANIFEST, Manifest, Store, StoreError
+from pipeline.store.remote import Remote
+from pipeline.store.synced import is_url
+from pipeline.store.url import UrlStore
+
+AnyStore = Store | UrlStore
 
 
 @dataclass(frozen=True)
 class Output:
-    """One folder of a stage's output; without a manifest it cannot be read."""
+    """One place of a stage's output; without a manifest it cannot be read."""
 
     round: int
     stage: str
     manifest: Manifest | None
 
 
-def outputs(store: Store) -> list[Output]:
-    """All outputs of a run folder, the oldest first in each round."""
-    rounds = sorted(int(folder.name) for folder in store.root.iterdir() if folder.is_dir() and folder.name.isdigit())
-    found = [
-        Output(round, folder.name, store.manifest(round, folder.name))
-        for round in rounds
-        for folder in sorted((store.root / str(round)).iterdir())
-        if folder.is_dir()
-    ]
+def outputs(store: AnyStore) -> list[Output]:
+    """All outputs of a run, the oldest first in each round."""
+    found = [Output(round, stage, store.manifest(round, stage)) for round, stage in store.places()]
     return sorted(found, key=lambda one: (one.round, one.manifest.created if one.manifest else ""))
 
 
@@ -51,7 +49,7 @@ def outdated(found: Sequence[Output]) -> dict[tuple[int, str], str]:
         gone |= more
 
 
-def listed(store: Store) -> Iterator[str]:
+def listed(store: AnyStore) -> Iterator[str]:
     """A line for each output."""
     found = outputs(store)
     old = outdated(found)
@@ -60,7 +58,7 @@ def listed(store: Store) -> Iterator[str]:
         if one.manifest is None:
             yield f"{one.round:>5}  {one.stage:<12}{MANIFEST} is missing or damaged"
             continue
-        size = sum(file.stat().st_size for file in store.path(one.round, one.stage).rglob("*") if file.is_file()) / 1e6
+        size = store.size(one.round, one.stage) / 1e6
         rows = f"{one.manifest.counts['rows']:,}" if "rows" in one.manifest.counts else ""
         note = f"its {old[one.round, one.stage]} has changed" if (one.round, one.stage) in old else ""
         figures = (
@@ -69,30 +67,28 @@ def listed(store: Store) -> Iterator[str]:
         yield f"{one.round:>5}  {one.stage:<12}{figures}".rstrip()
 
 
-def damages(store: Store) -> list[str]:
+def damages(store: AnyStore) -> list[str]:
     """One line for each damaged output; every file is read."""
     return [damage for one in outputs(store) if (damage := store.check(one.round, one.stage))]
 
 
-def garbage(store: Store, checkpoints: bool) -> list[Path]:
-    """What nothing reads: outputs that are damaged, or were made from what has changed since; checkpoints if asked for."""
+def garbage(store: AnyStore) -> list[tuple[int, str]]:
+    """Outputs that nothing reads: they are damaged, or were made from what has changed since."""
     found = outputs(store)
     old = outdated(found)
-    gone = [store.path(one.round, one.stage) for one in found if one.manifest is None or (one.round, one.stage) in old]
-    resume = store.root / ".resume"
-    return gone + ([resume] if checkpoints and resume.is_dir() else [])
+    return [(one.round, one.stage) for one in found if one.manifest is None or (one.round, one.stage) in old]
 
 
 def main(arguments: Sequence[str]) -> int:
     """Exit code: 0, 1 for a damaged or unusable run folder, 2 for wrong arguments."""
-    parser = OneLineParser(prog="python -m pipeline.store", description="Look into a run folder, check it, clean it up.")
+    parser = OneLineParser(prog="python -m pipeline.store", description="Look into a run, check it, clean it up.")
     parser.add_argument("command", choices=("ls", "verify", "gc"), help="list outputs, check every file, remove what nothing reads")
-    parser.add_argument("run", type=_run_folder, metavar="RUN", help="run folder, such as runs/tiny")
+    parser.add_argument("run", type=_run, metavar="RUN", help="run folder, such as runs/tiny, or URL, such as s3://bucket/runs/tiny")
     parser.add_argument("--checkpoints", action="store_true", help="gc: of stages that were stopped, too; they start over")
     parser.add_argument("--dry-run", action="store_true", help="gc: only say what would go")
     options = parser.parse_args(arguments)
-    store = Store(options.run)
     try:
+        store: AnyStore = _at_url(options.run) if isinstance(options.run, str) else Store(options.run)
         if options.command == "ls":
             print("\n".join(listed(store)))
         elif options.command == "verify":
@@ -107,17 +103,31 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _collect(store: Store, checkpoints: bool, dry_run: bool) -> None:
-    with RunLock(store.root):  # which removes the drafts of dead processes
-        found = garbage(store, checkpoints)
-        for folder in found:
-            print(f"{'would remove' if dry_run else 'removed'} {folder}")
+def _collect(store: AnyStore, checkpoints: bool, dry_run: bool) -> None:
+    with store.lock():  # which removes the drafts of dead processes
+        places = garbage(store)
+        more = [name for name in store.leftovers(checkpoints) if not any(name.startswith(f"{a}/{b}/") for a, b in places)]
+        for place in places:
+            print(f"{'would remove' if dry_run else 'removed'} {store.where(*place)}")
             if not dry_run:
-                shutil.rmtree(folder)
-    print(f"folders that {'would go' if dry_run else 'are gone'}: {len(found)}")
+                store.remove(*place)
+        for name in more:
+            print(f"{'would remove' if dry_run else 'removed'} {store.name}/{name}")
+            if not dry_run:
+                store.remove_leftover(name)
+    print(f"folders that {'would go' if dry_run else 'are gone'}: {len(places) + len(more)}")
 
 
-def _run_folder(text: str) -> Path:
+def _at_url(url: str) -> UrlStore:
+    store = UrlStore(Remote(url))
+    if not store.places():
+        raise StoreError(f"{url} is no run: it holds no rounds")
+    return store
+
+
+def _run(text: str) -> str | Path:
+    if is_url(text):
+        return text
     folder = Path(text)
     if not folder.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {text}")
