@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from actors import metrics
 from pipeline.cluster_config import ActorResources, ClusterSettings
 
 
@@ -73,7 +74,7 @@ def _check_resources(cluster: ClusterSettings) -> None:
 
 
 def actor_options(resources: ActorResources, name: str, sharing: int) -> dict[str, Any]:
-    """Ray options of an actor: its resources, a name for the dashboard, its share of the node's threads.
+    """Ray options of an actor: its resources, a name for the dashboard (RUN/NAME), its share of the node's threads.
 
     Args:
         sharing: how many actors of this kind divide the node's cores when `threads` is 0.
@@ -82,6 +83,6 @@ def actor_options(resources: ActorResources, name: str, sharing: int) -> dict[st
     return {
         "num_cpus": resources.cpus,
         "num_gpus": resources.gpus,
-        "name": f"{name}-{os.getpid()}",
+        "name": metrics.named(name),
         "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}},
     }

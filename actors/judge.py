@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from actors import metrics
 from pipeline.cluster_config import ActorResources
 from pipeline.tasks.problem import Problem
 from verifiers.judge import Verdict
@@ -36,12 +37,15 @@ def judge_rows(rows: Sequence[tuple[Problem, str]]) -> list[Judged]:
 
 def judge_all(rows: Sequence[tuple[Problem, str]], batch: int, resources: ActorResources) -> Iterator[list[Judged]]:
     """Yield judged batches in the order of the rows; at most two batches a CPU of the cluster are under way."""
-    task: Any = ray.remote(judge_rows).options(num_cpus=resources.cpus, num_gpus=resources.gpus, name="judge")
+    task: Any = ray.remote(judge_rows).options(num_cpus=resources.cpus, num_gpus=resources.gpus, name=metrics.task("judge"))
     window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     pending: list[Any] = []
     for start in range(0, len(rows), batch):
+        metrics.gauge("queue_depth", len(rows) - start, queue="judge")
         if len(pending) == window:
             yield ray.get(pending.pop(0))
         pending.append(task.remote(rows[start : start + batch]))
     while pending:
+        metrics.gauge("queue_depth", len(pending) * batch, queue="judge")
         yield ray.get(pending.pop(0))
+    metrics.gauge("queue_depth", 0, queue="judge")

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from actors import metrics
 from actors.cluster import ClusterError, actor_options
 from actors.engines import Completion, Request, Sampling, make_engine
 from actors.weights import Weights, check_weights, probe_of_folder
@@ -49,15 +50,18 @@ class _Rollout:
         self._dtype = settings.engine.dtype
         self._version = version
         self._check_folder(folder)
+        self._busy = metrics.busy_actor(metrics.own_name())
 
     def ready(self) -> str:
         return self._engine.kind
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Batch:
-        return Batch(self._engine.generate(requests, sampling), self._version)
+        with self._busy.work():
+            return Batch(self._engine.generate(requests, sampling), self._version)
 
     def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding) -> Batch:
-        return Batch(self._engine.decode(requests, decoding), self._version)
+        with self._busy.work():
+            return Batch(self._engine.decode(requests, decoding), self._version)
 
     def load_weights(self, folder: str, version: str) -> None:
         self._engine.load_weights(Path(folder))
@@ -116,6 +120,7 @@ class RolloutPool:
         if version != self._version:
             self._folder, self._folder_version, self._version, self._published = folder, version, version, None
             self._all("load_weights", str(folder), version)
+        metrics.generates_with(version)
 
     def publish(self, weights: ray.ObjectRef[Weights], version: str) -> None:
         """Put a learner's weights, as it left them in Ray's object store, into every engine.
@@ -125,6 +130,7 @@ class RolloutPool:
         """
         self._version, self._published = version, weights
         self._all("set_weights", weights, version)
+        metrics.generates_with(version)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, batch: int, on_rows: OnRows = _silent
@@ -153,6 +159,7 @@ class RolloutPool:
         waiting = deque((start, requests[start : start + batch]) for start in range(0, len(requests), batch))
         running: dict[Any, tuple[int, Sequence[Any], Any]] = {}  # result -> where it belongs, what was asked, of whom
         done: list[Any] = [None] * len(requests)
+        finished = 0
         limit = self._settings.cluster.batch_timeout
         due: dict[Any, float] = {}  # actor -> when it has to have answered
 
@@ -162,15 +169,18 @@ class RolloutPool:
                 if not in_flight:
                     due[actor] = time.monotonic() + limit + (0 if actor in self._heard else self._timeout)  # to start first
                 start, part = waiting.popleft()
-                running[getattr(actor, method).remote(part, how)] = (start, part, actor)
+                asked = getattr(actor, method).options(name=metrics.task(method))
+                running[asked.remote(part, how)] = (start, part, actor)
 
         for actor in self._actors * _BATCHES_IN_FLIGHT:
             feed(actor)
         while running:
+            metrics.gauge("queue_depth", len(requests) - finished, queue="rollout")
             ready, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
             if not ready:
                 for actor in {actor for _, _, actor in running.values() if due[actor] < time.monotonic()}:
                     self._say(f"a rollout actor has not answered for cluster.batch_timeout={limit} s and is killed")
+                    metrics.count("failures", what="hung rollout actor")
                     due[actor] = math.inf
                     ray.kill(actor)  # its requests come back as those of any dead actor
                 continue
@@ -184,6 +194,7 @@ class RolloutPool:
                     feed(other)
                 continue
             except RayTaskError as error:
+                metrics.count("failures", what="rollout task")
                 raise _failed(error) from error
             if result.version != self._version or len(result.done) != len(part):
                 raise ClusterError(
@@ -193,8 +204,11 @@ class RolloutPool:
             due[actor] = time.monotonic() + limit
             self._heard.add(actor)
             done[start : start + len(part)] = result.done
-            on_rows(len(part), sum(map(tokens, result.done)))
+            finished, new_tokens = finished + len(part), sum(map(tokens, result.done))
+            metrics.count("tokens", new_tokens, method=method)
+            on_rows(len(part), new_tokens)
             feed(actor)
+        metrics.gauge("queue_depth", 0, queue="rollout")
         return done
 
     def _lose(self, actor: Any, error: RayActorError) -> None:
@@ -205,11 +219,13 @@ class RolloutPool:
         """
         if actor in self._actors:
             self._actors.remove(actor)
+            metrics.count("failures", what="rollout actor")
             if error.actor_init_failed:  # a model that does not load will not load the next time either
                 raise ClusterError(f"a rollout actor did not start: {_one_line(error)}") from error
             if self._restarts:
                 self._restarts -= 1
                 self._say(f"a rollout actor died and is started again, {self._restarts} times more at most: {_one_line(error)}")
+                metrics.count("restarts", what="rollout actor")
                 self._actors.append(self._start())
             elif self._actors:
                 self._say(f"a rollout actor died, {len(self._actors)} go on with its requests: {_one_line(error)}")

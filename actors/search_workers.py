@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from actors import metrics
 from actors.cluster import ClusterError, actor_options
 from actors.search import Case, Meter, Searcher
 from pipeline.backtrack.searched import Searched
@@ -29,14 +30,17 @@ _NUMBERS = itertools.count()  # a name stays taken for a while after its actor i
 class _SearchWorker:
     """Owns the trees that it grows."""
 
-    def __init__(self, searcher: Searcher, log_file: str) -> None:
+    def __init__(self, searcher: Searcher, log_file: str, labels: metrics.Labels) -> None:
         redirect_process_output(Path(log_file))
+        metrics.begin(labels)
+        self._busy = metrics.busy_actor(metrics.own_name())
         self._searcher = searcher
 
     def search(self, cases: Sequence[Case]) -> Iterator[Searched | Meter]:
         """The trees of these problems, and last what they have cost."""
         searcher = replace(self._searcher, meter=Meter())
-        yield from searcher.search(cases)
+        with self._busy.work():
+            yield from searcher.search(cases)
         yield searcher.meter
 
 
@@ -53,7 +57,7 @@ class SearchWorkers:
         self._batch, self._say = searcher.how.batch, say
         self._actors = [
             SearchActor.options(**actor_options(share, f"search-{next(_NUMBERS)}", workers)).remote(
-                searcher, str(log_dir / f"search-{i}.log")
+                searcher, str(log_dir / f"search-{i}.log"), metrics.labels()
             )
             for i in range(workers)
         ]
@@ -73,11 +77,13 @@ class SearchWorkers:
         def feed(actor: Any) -> None:
             if waiting:
                 part = waiting.popleft()
-                running[actor.search.options(num_returns="streaming").remote(part)] = (actor, part)
+                asked = actor.search.options(num_returns="streaming", name=metrics.task("search"))
+                running[asked.remote(part)] = (actor, part)
 
         for actor in self._actors:
             feed(actor)
         while running:
+            metrics.gauge("queue_depth", len(cases) - len(handed), queue="search")
             ready, _ = ray.wait(list(running), num_returns=1, fetch_local=False)
             stream: Any = ready[0]
             actor, part = running[stream]
@@ -95,6 +101,7 @@ class SearchWorkers:
                     if id(other) not in busy:
                         feed(other)
             except RayTaskError as error:
+                metrics.count("failures", what="search task")
                 raise ClusterError(
                     f"a search worker failed: {type(error.cause).__name__}: {' '.join(str(error.cause).split())[:400]}"
                 ) from error
@@ -107,6 +114,7 @@ class SearchWorkers:
 
     def _lose(self, actor: Any, error: RayActorError) -> None:
         self._actors = [one for one in self._actors if one is not actor]
+        metrics.count("failures", what="search worker")
         why = " ".join(str(error).split())[:400]
         if not self._actors:
             raise ClusterError(f"every search worker died; the last one: {why}") from error

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
+from actors import metrics
 from actors.checks import HeldOut
 from actors.cluster import ClusterError, actor_options, ray_session
 from actors.dpo import DpoActor, PairSet, Record
@@ -44,6 +45,7 @@ class Workers:
 
     def __init__(self, settings: Settings, log_dir: Path, say: Callable[[str], None]) -> None:
         self._settings, self._log_dir, self._say = settings, log_dir.resolve(), say
+        metrics.begin(metrics.Labels(settings.run.name))
         self._ray: ExitStack | None = None
         self._pool: RolloutPool | None = None
         self._learner: Any = None
@@ -167,8 +169,8 @@ class Workers:
         return SearchWorkers(searcher, searcher.how.workers, cluster.judge, self._log_dir, self._say)
 
     def watch(self, name: str, first_step: int) -> Watch:
-        """Where a training's figures go while it runs, see actors/watch.py."""
-        return Watch(self._log_dir, name, first_step)
+        """Where a training's figures go while it runs, NAME-ROUND of these, see actors/watch.py."""
+        return Watch(self._log_dir, f"{name}-{metrics.labels().round}", first_step, self._settings.monitor.report_to)
 
     def probe(self, folder: Path, rows: Sequence[ProbeRow]) -> list[tuple[float, ...]]:
         """Log-probabilities of the asked tokens under the model of `folder`, see actors/probe.py."""
@@ -201,7 +203,9 @@ class Workers:
         for start in range(0, len(requests), _DECODE_ROWS):
             batch = requests[start : start + _DECODE_ROWS]
             done: list[Decoded] = self._get(learner.decode.remote(str(folder.resolve()), batch, decoding, slots, row_tokens))
-            on_rows(len(done), sum(len(one.ids) for one in done))
+            tokens = sum(len(one.ids) for one in done)
+            metrics.count("tokens", tokens, method="decode")
+            on_rows(len(done), tokens)
             found += done
         return found
 
@@ -225,7 +229,8 @@ class Workers:
         self._stop_learner()
         if self._group is None:
             cluster = self._settings.cluster
-            self._group = LearnerGroupActor.remote(cluster.learner_workers, cluster.learner, str(self._log_dir))
+            group = LearnerGroupActor.options(name=metrics.named("learners"))
+            self._group = group.remote(cluster.learner_workers, cluster.learner, str(self._log_dir))
         return self._group
 
     def _stop_learner(self) -> None:
@@ -240,6 +245,7 @@ class Workers:
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from error
         except (RayActorError, OutOfMemoryError) as error:
+            metrics.count("failures", what="learner")
             self._learner = self._group = None  # whoever asks again gets new ones
             how = how or how_to_save_decoding(self._settings.engine.max_num_seqs)
             raise ClusterError(f"the learner died: {killed(error, how) or ' '.join(str(error).split())[:400]}") from error
@@ -286,6 +292,7 @@ class GrpoLearner:
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from error
         except (RayActorError, OutOfMemoryError) as error:
+            metrics.count("failures", what="GRPO learner")
             how = "lower grpo.rows or grpo.row_tokens"
             raise ClusterError(f"the GRPO learner died: {killed(error, how) or ' '.join(str(error).split())[:400]}") from error
 

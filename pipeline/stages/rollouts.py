@@ -15,6 +15,7 @@ from actors.rollout import OnRows, RolloutPool
 from pipeline.backtrack.cursor import Decoded, DecodeRequest
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import Settings
+from pipeline.rollout_log import Rolled
 from pipeline.stages.graph import longest_completion
 from pipeline.stages.io import Codec, decoding_of, read_problems, write_rows
 from pipeline.stages.stage import Context, StageError
@@ -64,7 +65,10 @@ def run(context: Context) -> None:
             seeds = [row_seed(settings.run.seed, ids[i]) for i in some]
             wanted = [DecodeRequest(prompts[i], seed) for i, seed in zip(some, seeds, strict=True)]
             if wanted:
-                found, version = _tries(pool, wanted, settings, temperature, codec, on_rows)
+                made, version = _tries(pool, wanted, settings, temperature, codec, on_rows)
+                names = [(ids[i], tried[i][0].id) for i in some]
+                context.rollouts.write(rolled(names, made, version, asked.mode, temperature))
+                found = [one if isinstance(one, Completion) else _surviving(one, codec) for one in made]
                 completions.update(zip(some, found, strict=True))
     rows = [_row(ids[i], prompts[i], completions[i], hot[i], version) for i in fits]
     write_rows(rows, FEATURES, context.out)
@@ -74,8 +78,9 @@ def run(context: Context) -> None:
 
 def _tries(
     pool: RolloutPool, wanted: Sequence[DecodeRequest], settings: Settings, temperature: float, codec: Codec, on_rows: OnRows
-) -> tuple[list[Completion], str]:
-    """First tries, or what survives of tries with undo: errors that the model has not taken back, each in the state it was made in.
+) -> tuple[Sequence[Completion | Decoded], str]:
+    """First tries, or tries with undo. Of these what survives is kept: errors that the model has not taken back, each in the state
+    it was made in.
 
     Decoding without undo is plain generation, which engines do faster.
     """
@@ -84,8 +89,7 @@ def _tries(
         requests = [Request(one.prompt_ids, one.seed) for one in wanted]
         sampling = Sampling(*spent, codec.stop_id, (codec.rule.undo_id, *codec.spare_ids), logprobs=asked.logprobs)
         return pool.generate(requests, sampling, asked.batch, on_rows)
-    done, version = pool.decode(wanted, decoding_of(codec, settings.decode, "rewind", *spent), asked.batch, on_rows)
-    return [_surviving(one, codec) for one in done], version
+    return pool.decode(wanted, decoding_of(codec, settings.decode, "rewind", *spent), asked.batch, on_rows)
 
 
 def _surviving(one: Decoded, codec: Codec) -> Completion:
@@ -104,6 +108,22 @@ def _row(row_id: str, prompt: Sequence[int], completion: Completion, hot: bool, 
         "hot": hot,
         "version": version,
     }
+
+
+def rolled(
+    names: Sequence[tuple[str, str]], made: Sequence[object], version: str, mode: str, temperature: float
+) -> list[Rolled]:
+    """Completions and decodes for the log of rollouts; anything else among them is left out.
+
+    Args:
+        names: id and problem of each.
+    """
+    rows = []
+    for (row_id, problem), one in zip(names, made, strict=True):
+        if isinstance(one, Completion | Decoded):
+            ids, undos = (one.token_ids, 0) if isinstance(one, Completion) else (one.ids, one.undos)
+            rows.append(Rolled(row_id, problem, ids, one.finish, version, mode, temperature, undos, one.logprobs))
+    return rows
 
 
 def row_seed(seed: int, row_id: str) -> int:

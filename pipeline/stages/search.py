@@ -20,6 +20,7 @@ from actors.rollout import RolloutPool
 from actors.search import Case, Meter, Searcher
 from pipeline.backtrack.searched import Searched, pairs, step_values
 from pipeline.config import UndoSettings
+from pipeline.rollout_log import Rolled
 from pipeline.search_page import Drawn, draw, render
 from pipeline.stages.io import Codec, read_problems, write_json, write_rows
 from pipeline.stages.rollouts import context_length, row_seed, within_context
@@ -102,12 +103,24 @@ def run(context: Context) -> None:
         with context.terminal.stage("search", len(cases)) as progress:
             for tree in workers.search(cases):
                 found[tree.problem] = tree
+                context.rollouts.write(ends_of(tree, context.digests[model], how.undo, how.temperature))
                 progress.update(len(found), f"{sum(one.solved for one in found.values())} solved")
     finally:
         workers.close()
     trees = [found[case.problem.id] for case in cases]
     _write(context, codec, {case.problem.id: case.problem for case in cases}, trees)
     _say(context, trees, workers.meter)
+
+
+def ends_of(tree: Searched, version: str, mode: str, temperature: float) -> list[Rolled]:
+    """The judged ends of a tree for the log of rollouts: the way to each, without what was taken back along it."""
+    return [
+        Rolled(
+            f"{tree.problem}#{node}", tree.problem, tree.surviving(node), "stop", version, mode, temperature,
+            sum(tree.undone[at] for at in tree.path(node)), correct=bool(right),
+        )
+        for node, right in enumerate(tree.right) if right >= 0
+    ]  # fmt: skip
 
 
 def _cases(context: Context, codec: Codec, pool: RolloutPool, ends_right: EndsRight) -> list[Case]:

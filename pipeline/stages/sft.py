@@ -85,9 +85,10 @@ def train(
 ) -> Curve:
     """Train the start model on the set, with progress, and warn of what the checks find."""
     told: list[str] = []
-    with context.terminal.stage(name, settings.steps, "steps") as progress:
+    with context.terminal.stage(name, settings.steps, "steps") as progress, context.workers.watch(name, 0) as watch:
 
         def show(curve: Curve) -> None:
+            watch.curve(curve)
             progress.update(curve.step, f"loss {curve.losses[-1][1]:.3f}" if curve.losses else "")
             lines = alarms(curve.probes, curve.right_states, context.settings.decode.threshold)
             for line in lines[len(told) :]:

@@ -23,6 +23,7 @@ from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import DecodeSettings, EngineSettings, EvaluateSettings, RolloutSettings, Settings, UndoSettings
 from pipeline.grpo_config import GrpoSettings
+from pipeline.rollout_log import RolloutLog
 from pipeline.stages import grpo
 from pipeline.stages.io import Codec
 from pipeline.stages.stage import Context, StageError
@@ -131,6 +132,7 @@ class Run:
         context = SimpleNamespace(
             settings=self.settings, round=1, out=self.folder / "out", resume=self.folder / "resume", counts={},
             inputs=self.inputs, digests={"sft": "s"}, terminal=self.terminal,
+            rollouts=RolloutLog(self.folder / "logs", "grpo", 1),
             workers=SimpleNamespace(
                 grpo=lambda *given: self._learner(killed_at, *given), pool=self._pool, watch=partial(Watch, self.folder / "logs")
             ),

@@ -16,6 +16,7 @@ from actors.engines import HfEngine
 from pipeline.backtrack.cursor import DecodeRequest
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import DecodeSettings, EngineSettings, EvaluateSettings, RolloutSettings, Settings, UndoSettings
+from pipeline.rollout_log import RolloutLog
 from pipeline.stages import rollouts
 from pipeline.stages.io import Codec, decoding_of
 from pipeline.stages.stage import Context
@@ -57,6 +58,7 @@ def rows_of(inputs: dict[str, Path], out: Path, settings: Settings) -> list[dict
     )
     context = SimpleNamespace(
         settings=settings, round=1, out=out, counts={}, inputs=inputs, digests={"model": "v"}, terminal=Terminal(),
+        rollouts=RolloutLog(out.parent / "logs", "rollouts", 1),
         workers=SimpleNamespace(pool=lambda *_: pool),
     )  # fmt: skip
     rollouts.run(cast(Context, context))

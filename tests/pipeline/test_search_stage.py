@@ -88,6 +88,7 @@ class Run:
         pool = Scripted(self.codec)
         self.context = SimpleNamespace(
             settings=settings, round=1, out=folder, counts=self.counts, inputs=inputs, digests={"model": "m"},
+            rollouts=RolloutLog(folder.parent / "logs", "search", 1),
             terminal=SimpleNamespace(stage=progress, warn=self.warnings.append, info=self.warnings.append),
             workers=SimpleNamespace(pool=lambda *_: pool, search=Here),
         )  # fmt: skip
