@@ -72,12 +72,12 @@ class Watch:
 
     def curve(self, curve: Curve, check: str = "dev_accuracy") -> None:
         """The points of a curve that have come since the last call; `check` is the name of its checks."""
-        probes = getattr(curve, "probes", [])
-        losses, checks, probes = (some[told:] for some, told in zip((curve.losses, curve.checks, probes), self._told, strict=True))
-        self._told = [told + len(some) for told, some in zip(self._told, (losses, checks, probes), strict=True)]
+        points: list[Any] = [curve.losses, curve.checks, getattr(curve, "probes", [])]  # verifiers have no probes
+        losses, checks, probes = (some[told:] for some, told in zip(points, self._told, strict=True))
+        self._told = [len(some) for some in points]
         found: dict[int, dict[str, Any]] = {}
-        for name, points in (("loss", losses), (check, checks)):
-            for step, value in points:
+        for name, some in (("loss", losses), (check, checks)):
+            for step, value in some:
                 found.setdefault(step, {})[name] = value
         for probe in probes:
             found.setdefault(probe.step, {})[f"{probe.group}.{probe.name}"] = probe.value

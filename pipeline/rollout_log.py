@@ -145,7 +145,8 @@ class RolloutLog:
 
 
 def _line(head: Mapping[str, object], row: Rolled) -> bytes:
-    values = head | {
+    values = {
+        **head,
         "step": row.step,
         "id": row.id,
         "problem": row.problem,

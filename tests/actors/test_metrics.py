@@ -3,6 +3,7 @@ dashboard's metrics; and without Ray: busy shares, curves, trackers."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import sys
@@ -25,6 +26,7 @@ from actors.learner import Curve
 from actors.metrics import TABLE, Busy, Labels
 from actors.watch import Watch
 from actors.workers import Workers
+from pipeline.cli import main
 from pipeline.config import Settings
 from pipeline.rollout_log import Rolled, RolloutLog
 from pipeline.telemetry import Terminal
@@ -76,7 +78,7 @@ def test_a_run_is_seen_from_outside(tmp_path: Path) -> None:
             progress.update(6)
         log = RolloutLog(tmp_path / "logs", "rollouts", 1, on_rows=metrics.rolled)
         log.write([
-            Rolled(str(i), "p", one.token_ids, one.finish, version, "rewind", 1.0, i % 2, correct=i < 2, components={"outcome": 0.5})
+            Rolled(str(i), "p", one.token_ids, one.finish, version, "rewind", 1, i % 2, correct=i < 2, components={"outcome": 0.5})
             for i, one in enumerate(made)
         ])  # fmt: skip
         assert sum(map(len, judge_all([(PROBLEMS[0], "1")] * 4, 2, SETTINGS.cluster.judge))) == 4
@@ -126,7 +128,9 @@ def test_every_panel_asks_for_what_is_exported() -> None:
         for target in panel["targets"]:
             for name, inside in re.findall(r"(ray_\w+)\{([^}]*)\}", target["expr"]):
                 shown.add(name)
-                asked = {*re.findall(r"(\w+)=~", inside), *re.findall(r"\w+", "".join(re.findall(r"by \(([^)]*)\)", target["expr"])))}
+                asked = {*re.findall(r"(\w+)=~", inside)}
+                for by in re.findall(r"by \(([^)]*)\)", target["expr"]):
+                    asked |= {*re.findall(r"\w+", by)}
                 asked |= set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
                 assert asked <= {*exported[name].tags, "SessionName"}, target["expr"]
             assert re.findall(r"ray_\w+", target["expr"]) and target["expr"].count("(") == target["expr"].count(")")
@@ -202,3 +206,22 @@ def test_figures_are_handed_to_trackers(tmp_path: Path, monkeypatch: pytest.Monk
     given = {"project": "retract", "name": "tiny/grpo-1"}
     assert calls == [given, (3, {"components.outcome.mean": 0.5}), (4, {"reward": 1.0}), "end"]
     assert [one.getMessage() for one in caplog.records] == ["grpo-1 is not reported to trackio any more: no answer"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("monitor.report_to=[wandb]", "monitor.report_to: wandb is not installed: .venv/bin/python -m pip install wandb"),
+        ("monitor.report_to=[mlflow]", "monitor.report_to"),
+        ("monitor.report_to=[wandb,wandb]", "names one twice"),
+        ("monitor.rollout_mib=0", "monitor.rollout_mib"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(
+    setting: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else find(name, *more))
+    assert main([setting]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1

@@ -16,6 +16,7 @@ from actors.engines import Completion, Request, Sampling
 from actors.search import Meter, Searcher
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import EngineSettings, RolloutSettings, Settings, TraceSettings
+from pipeline.rollout_log import RolloutLog
 from pipeline.stages import search
 from pipeline.stages.graph import steps
 from pipeline.stages.io import Codec
