@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,8 @@ def test_what_survives_of_tries_with_undo(inputs: dict[str, Path], tmp_path: Pat
     rows = rows_of(inputs, tmp_path / "rows", settings)
     codec = Codec(inputs["model"], settings.undo, settings.base.prompt)
     decoder = HfDecoder.from_folder(inputs["model"], 1, CONTEXT)
+    logged = {one["id"]: one for one in map(json.loads, (tmp_path / "logs" / "rollouts-1.jsonl").read_text().splitlines())}
+    assert logged.keys() == {row["id"] for row in rows}
     undone = 0
     for row in rows:
         temperature = settings.rollouts.hot_temperature if row["hot"] else settings.rollouts.temperature
@@ -89,4 +92,8 @@ def test_what_survives_of_tries_with_undo(inputs: dict[str, Path], tmp_path: Pat
         assert row["logprobs"] == pytest.approx([wanted.logprobs[place] for place in places], rel=3e-4, abs=5e-4)
         assert row["finish"] == wanted.finish and codec.rule.undo_id not in row["token_ids"]
         undone += wanted.undos > 0
+        line = logged[row["id"]]  # as it was emitted
+        assert (tuple(line["token_ids"]), line["undos"], line["finish"]) == (wanted.ids, wanted.undos, wanted.finish)
+        assert (line["problem"], line["version"], line["mode"], line["temperature"]) == (row["problem"], "v", "rewind", temperature)
+        assert len(line["logprobs"]) == len(wanted.ids)
     assert undone > 4 and sum(row["hot"] for row in rows) == len(TRAIN)
