@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from actors import metrics
 from actors.nodes import check_nodes, check_room, wait_for_room
 from actors.placement import ClusterError
 from pipeline.cluster_config import ActorResources, ClusterSettings
@@ -37,6 +38,7 @@ class Restarts:
         if not self.left:
             return False
         self.left -= 1
+        metrics.count("restarts", what=what)
         self._say(f"{what} died and is started again, {self.left} times more at most: {one_line(error)}")
         return True
 
@@ -86,7 +88,7 @@ def ray_session(cluster: ClusterSettings, shared: Path | None = None, say: Calla
 
 
 def actor_options(resources: ActorResources, name: str, sharing: int) -> dict[str, Any]:
-    """Ray options of an actor: its resources, a name for the dashboard, its share of the node's threads.
+    """Ray options of an actor: its resources, a name for the dashboard (RUN/NAME), its share of the node's threads.
 
     Args:
         sharing: how many actors of this kind divide the node's cores when `threads` is 0.
@@ -95,6 +97,6 @@ def actor_options(resources: ActorResources, name: str, sharing: int) -> dict[st
     return {
         "num_cpus": resources.cpus,
         "num_gpus": resources.gpus,
-        "name": f"{name}-{os.getpid()}",
+        "name": metrics.named(name),
         "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}},
     }

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
 
+from actors import metrics
 from actors.cluster import one_line
 from actors.parts import Part, Parts, Quarantined
 from pipeline.cluster_config import ActorResources
@@ -59,7 +60,9 @@ def judge_all(
 
     A task whose process dies is started again, and a row that its process dies of every time has a Quarantined in its place.
     """
-    task: Any = ray.remote(judge_each).options(num_cpus=resources.cpus, num_gpus=resources.gpus, name="judge", max_retries=0)
+    task: Any = ray.remote(judge_each).options(
+        num_cpus=resources.cpus, num_gpus=resources.gpus, name=metrics.task("judge"), max_retries=0
+    )
     window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     parts = Parts(rows, batch, row_tries)
     pending: dict[Any, Part] = {}
@@ -73,11 +76,13 @@ def judge_all(
 
     feed()
     while pending:
+        metrics.gauge("queue_depth", len(rows) - at, queue="judge")
         ready, _ = ray.wait(list(pending))
         part = pending.pop(ready[0])
         try:
             done[part.start] = ray.get(ready[0])
         except (WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError) as error:
+            metrics.count("failures", what="judge task")
             if not parts.failed(part):
                 done[part.start] = [Quarantined(row_tries, one_line(error), str(error))]
         while at in done:
@@ -85,3 +90,4 @@ def judge_all(
             at += len(some)
             yield some
         feed()
+    metrics.gauge("queue_depth", 0, queue="judge")

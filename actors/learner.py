@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 from transformers.training_args import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from actors import metrics
 from actors.checkpoints import KEPT, Checkpoints, Snapshot, claim
 from actors.checks import CheckError, Checks, HeldOut, Measured
 from actors.decode import HfDecoder
@@ -448,14 +449,15 @@ class _Learner(Verifying):
 
     def __init__(self, log_file: str) -> None:
         redirect_process_output(Path(log_file))
-        self._curve = Curve()
+        self._curve, self._busy = Curve(), metrics.busy_actor(metrics.own_name())
         self._decoder: tuple[tuple[str, int, int], HfDecoder] | None = None  # what it was made from, and the decoder
 
     def fit(self, source: str, target: str, data: TrainingSet, settings: TrainSettings, seed: int,
             check: DevCheck | None = None, resume: str | None = None, held_out: HeldOut | None = None) -> Curve:  # fmt: skip
         self._curve, self._decoder = Curve(), None  # its memory is the training's
         kept = Path(resume) if resume else None
-        return fit(Path(source), Path(target), data, settings, seed, self._curve, check, kept, held_out)
+        with self._busy.work():
+            return fit(Path(source), Path(target), data, settings, seed, self._curve, check, kept, held_out)
 
     def probe(self, folder: str, rows: Sequence[ProbeRow]) -> list[tuple[float, ...]]:
         return probe(Path(folder), rows)
@@ -468,7 +470,8 @@ class _Learner(Verifying):
         if self._decoder is None or self._decoder[0] != wanted:
             self._decoder = None  # never two models at a time
             self._decoder = wanted, HfDecoder.from_folder(Path(folder), max_num_seqs, row_tokens)
-        return self._decoder[1].decode(requests, decoding)
+        with self._busy.work():
+            return self._decoder[1].decode(requests, decoding)
 
     def progress(self) -> Curve:
         return self._curve

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
+from actors import metrics
 from actors.cluster import ClusterError, Restarts, actor_options, one_line
 from actors.engines import Completion, Request, Sampling, make_engine
 from actors.parts import Part, Parts, Quarantine, Quarantined
@@ -54,15 +55,18 @@ class _Rollout:
         self._dtype = settings.engine.dtype
         self._version = version
         self._check_folder(folder)
+        self._busy = metrics.busy_actor(metrics.own_name())
 
     def ready(self) -> str:
         return self._engine.kind
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Batch:
-        return Batch(self._engine.generate(requests, sampling), self._version)
+        with self._busy.work():
+            return Batch(self._engine.generate(requests, sampling), self._version)
 
     def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding) -> Batch:
-        return Batch(self._engine.decode(requests, decoding), self._version)
+        with self._busy.work():
+            return Batch(self._engine.decode(requests, decoding), self._version)
 
     def load_weights(self, folder: str, version: str) -> None:
         self._engine.load_weights(Path(folder))
@@ -86,6 +90,11 @@ class _Asked:
     """Earlier ones are worked on first."""
     part: Part
     actor: Any
+
+
+def emitted(one: Completion | Decoded | Quarantined) -> int:
+    """Tokens that a row has cost, deleted ones included."""
+    return 0 if isinstance(one, Quarantined) else len(one.token_ids if isinstance(one, Completion) else one.ids)
 
 
 _NUMBERS = itertools.count()
@@ -151,6 +160,7 @@ class RolloutPool:
             self._folder, self._folder_version, self._version = folder, version, version
             self._published = self._held = None
             self._all("load_weights", str(folder), version)
+        metrics.generates_with(version)
 
     def publish(self, weights: ray.ObjectRef[Weights], version: str) -> None:
         """Put a learner's weights, as it left them in Ray's object store, into every engine.
@@ -162,6 +172,7 @@ class RolloutPool:
         # A copy on the driver's node: the one on the learner's node is lost with that node, and others still have to start from it.
         self._held = ray.get(weights, timeout=self._timeout)
         self._all("set_weights", weights, version)
+        metrics.generates_with(version)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, batch: int, on_rows: OnRows = _silent
@@ -177,21 +188,19 @@ class RolloutPool:
             ClusterError: every actor died, or one answered with other weights or fewer rows than asked for.
             TooManyQuarantined: more than cluster.quarantine rows in one stage.
         """
-        return self._collected("generate", requests, sampling, batch, lambda one: len(one.token_ids), on_rows), self._version
+        return self._collected("generate", requests, sampling, batch, on_rows), self._version
 
     def decode(
         self, requests: Sequence[DecodeRequest], decoding: Decoding, batch: int, on_rows: OnRows = _silent
     ) -> tuple[list[Decoded | Quarantined], str]:
         """The same for decoding with undo."""
-        return self._collected("decode", requests, decoding, batch, lambda one: len(one.ids), on_rows), self._version
+        return self._collected("decode", requests, decoding, batch, on_rows), self._version
 
-    def _collected(
-        self, method: Method, requests: Sequence[Any], how: Any, batch: int, tokens: Callable[[Any], int], on_rows: OnRows
-    ) -> list[Any]:
+    def _collected(self, method: Method, requests: Sequence[Any], how: Any, batch: int, on_rows: OnRows) -> list[Any]:
         done: list[Any] = [None] * len(requests)
         for start, result in self.stream(method, requests, how, batch):
             done[start : start + len(result.done)] = result.done
-            on_rows(len(result.done), sum(tokens(one) for one in result.done if not isinstance(one, Quarantined)))
+            on_rows(len(result.done), sum(map(emitted, result.done)))
         return done
 
     def stream(self, method: Method, requests: Iterable[Any], how: Any, batch: int) -> Iterator[tuple[int, Batch]]:
@@ -221,7 +230,8 @@ class RolloutPool:
                 if busy[actor] < _BATCHES_IN_FLIGHT and (part := parts.next()):
                     if not busy[actor]:
                         due[actor] = time.monotonic() + limit + (0 if actor in self._heard else self._timeout)  # to start first
-                    running[getattr(actor, method).remote(part.rows, how)] = _Asked(next(numbers), part, actor)
+                    task = getattr(actor, method).options(name=metrics.task(method))
+                    running[task.remote(part.rows, how)] = _Asked(next(numbers), part, actor)
                     busy[actor] += 1
 
         def take(ref: Any) -> _Asked:
@@ -231,10 +241,12 @@ class RolloutPool:
 
         feed(self._actors)
         while running:
+            metrics.gauge("queue_depth", sum(len(one.part.rows) for one in running.values()), queue="rollout")
             ready, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
             if not ready:
                 for actor in {asked.actor for asked in running.values() if due[asked.actor] < time.monotonic()}:
                     self._say(f"a rollout actor has not answered for cluster.batch_timeout={limit} s and is killed")
+                    metrics.count("failures", what="hung rollout actor")
                     due[actor] = math.inf
                     ray.kill(actor)  # its requests come back as those of any dead actor
                 feed(self._actors)  # there may be new ones
@@ -251,6 +263,7 @@ class RolloutPool:
                 yield from self._failed(method, parts, first.part, one_line(error), str(error))  # it had begun with that one
                 feed(self._actors)
             except RayTaskError as error:
+                metrics.count("failures", what="rollout task")
                 why = f"{type(error.cause).__name__}: {one_line(error.cause)}"
                 yield from self._failed(method, parts, asked.part, why, str(error))
                 feed([asked.actor])
@@ -266,7 +279,9 @@ class RolloutPool:
                 due[asked.actor] = time.monotonic() + limit
                 self._heard.add(asked.actor)
                 feed([asked.actor])
+                metrics.count("tokens", sum(map(emitted, result.done)), method=method)
                 yield asked.part.start, result
+        metrics.gauge("queue_depth", 0, queue="rollout")
 
     def _failed(self, method: str, parts: Parts, part: Part, why: str, traceback: str) -> Iterator[tuple[int, Batch]]:
         if not parts.failed(part):
@@ -284,6 +299,7 @@ class RolloutPool:
         ray.kill(actor)  # one that only cannot be reached shall not come back
         if actor in self._actors:
             self._actors = [one for one in self._actors if one != actor]
+            metrics.count("failures", what="rollout actor")
             if error.actor_init_failed:  # a model that does not load will not load the next time either
                 raise ClusterError(f"a rollout actor did not start: {one_line(error)}") from error
             if self._restarts is not None and self._restarts.take("a rollout actor", error):

@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from actors import metrics
 from actors.cluster import ClusterError, Restarts, actor_options, one_line
 from actors.parts import Part, Parts, Quarantine, Quarantined
 from actors.rollout import RolloutPool
@@ -34,14 +35,17 @@ _LOOK_SECONDS = 1.0  # between two looks after the rollout actors that the worke
 class _SearchWorker:
     """Owns the trees that it grows."""
 
-    def __init__(self, searcher: Searcher, log_file: str) -> None:
+    def __init__(self, searcher: Searcher, log_file: str, labels: metrics.Labels) -> None:
         redirect_process_output(Path(log_file))
+        metrics.begin(labels)
+        self._busy = metrics.busy_actor(metrics.own_name())
         self._searcher = searcher
 
     def search(self, cases: Sequence[Case]) -> Iterator[Searched | Meter]:
         """The trees of these problems, and last what they have cost."""
         searcher = replace(self._searcher, meter=Meter())
-        yield from searcher.search(cases)
+        with self._busy.work():
+            yield from searcher.search(cases)
         yield searcher.meter
 
     @ray.method(concurrency_group="beside")
@@ -88,7 +92,7 @@ class SearchWorkers:
         log_file = str(self._log_dir / f"search-{self._started}.log")
         self._started += 1
         searcher = replace(self._searcher, pool=self._pool.shared()) if self._pool else self._searcher
-        return SearchActor.options(**options).remote(searcher, log_file)
+        return SearchActor.options(**options).remote(searcher, log_file, metrics.labels())
 
     def search(self, cases: Sequence[Case]) -> Iterator[Searched]:
         """The trees, in the order in which they are finished; those of problems that could not be searched are left out, and
@@ -104,11 +108,13 @@ class SearchWorkers:
 
         def feed(actor: Any) -> None:
             if part := parts.next():
-                running[actor.search.options(num_returns="streaming").remote(part.rows)] = (actor, part)
+                task = actor.search.options(num_returns="streaming", name=metrics.task("search"))
+                running[task.remote(part.rows)] = (actor, part)
 
         for actor in self._actors:
             feed(actor)
         while running:
+            metrics.gauge("queue_depth", len(cases) - len(handed), queue="search")
             ready, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK_SECONDS, fetch_local=False)
             if time.monotonic() > look:
                 self._tend()
@@ -131,6 +137,7 @@ class SearchWorkers:
                     if other not in busy:
                         feed(other)
             except RayTaskError as error:
+                metrics.count("failures", what="search task")
                 why = f"{type(error.cause).__name__}: {one_line(error.cause)}"
                 if isinstance(error.cause, ClusterError | SearchError):  # not the fault of a problem
                     raise ClusterError(f"a search worker failed: {why}") from error
@@ -166,6 +173,7 @@ class SearchWorkers:
 
     def _lose(self, actor: Any, error: RayActorError) -> None:
         self._actors = [one for one in self._actors if one != actor]
+        metrics.count("failures", what="search worker")
         if not error.actor_init_failed and self._restarts.take("a search worker", error):
             self._actors.append(self._start())
             return

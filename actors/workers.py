@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
+from actors import metrics
 from actors.checks import HeldOut
 from actors.cluster import ClusterError, LearnerDied, Restarts, actor_options, one_line, ray_session
 from actors.dpo import DpoActor, PairSet, Record
@@ -47,6 +48,7 @@ class Workers:
 
     def __init__(self, settings: Settings, log_dir: Path, say: Callable[[str], None]) -> None:
         self._settings, self._log_dir, self._say = settings, log_dir.resolve(), say
+        metrics.begin(metrics.Labels(settings.run.name))
         self.restarts = Restarts(settings.cluster.restarts, say)
         self._ray: ExitStack | None = None
         self._pool: RolloutPool | None = None
@@ -190,8 +192,8 @@ class Workers:
         )  # fmt: skip
 
     def watch(self, name: str, first_step: int) -> Watch:
-        """Where a training's figures go while it runs, see actors/watch.py."""
-        return Watch(self._log_dir, name, first_step)
+        """Where a training's figures go while it runs, NAME-ROUND of these, see actors/watch.py."""
+        return Watch(self._log_dir, f"{name}-{metrics.labels().round}", first_step, self._settings.monitor.report_to)
 
     def probe(self, folder: Path, rows: Sequence[ProbeRow]) -> list[tuple[float, ...]]:
         """Log-probabilities of the asked tokens under the model of `folder`, see actors/probe.py."""
@@ -224,7 +226,9 @@ class Workers:
         for start in range(0, len(requests), _DECODE_ROWS):
             batch = requests[start : start + _DECODE_ROWS]
             done: list[Decoded] = self.ask_learner("decode", str(folder.resolve()), batch, decoding, slots, row_tokens)
-            on_rows(len(done), sum(len(one.ids) for one in done))
+            tokens = sum(len(one.ids) for one in done)
+            metrics.count("tokens", tokens, method="decode")
+            on_rows(len(done), tokens)
             found += done
         return found
 
@@ -263,7 +267,8 @@ class Workers:
         self._stop_learner()
         if self._group is None:
             cluster = self._settings.cluster
-            self._group = LearnerGroupActor.remote(cluster.learner_workers, cluster.learner, str(self._log_dir))
+            group = LearnerGroupActor.options(name=metrics.named("learners"))
+            self._group = group.remote(cluster.learner_workers, cluster.learner, str(self._log_dir))
         return self._group
 
     def _stop_learner(self) -> None:
@@ -282,6 +287,7 @@ class Workers:
                 raise ClusterError(f"the learner is out of memory: {how}") from error
             raise cause from error
         except (RayActorError, OutOfMemoryError) as error:
+            metrics.count("failures", what="learner")
             self._learner = self._group = None  # whoever asks again gets new ones
             raise LearnerDied(f"the learner died: {killed(error, how) or one_line(error)}") from error
 
@@ -327,6 +333,7 @@ class GrpoLearner:
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from error
         except (RayActorError, OutOfMemoryError) as error:
+            metrics.count("failures", what="GRPO learner")
             how = "lower grpo.rows or grpo.row_tokens"
             raise LearnerDied(f"the GRPO learner died: {killed(error, how) or one_line(error)}") from error
 

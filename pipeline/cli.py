@@ -46,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         if not 1 <= options.first_round <= settings.run.rounds:
             raise StageError(f"--from-round must lie in 1 .. run.rounds = {settings.run.rounds}, is {options.first_round}")
         _import_rewards(settings)
+        _find_trackers(settings)
         _find_deepspeed(settings)
     except (ConfigError, StageError) as error:
         terminal.error(str(error))
@@ -75,6 +76,15 @@ def _import_rewards(settings: Settings) -> None:
             Rewards(settings.grpo.reward)
         except RewardError as error:
             raise ConfigError(f"grpo.reward.{error}") from error
+
+
+def _find_trackers(settings: Settings) -> None:
+    """Nor are packages that figures go to."""
+    if settings.monitor.report_to:
+        from actors.watch import missing
+
+        if line := missing(settings.monitor.report_to):
+            raise ConfigError(line)
 
 
 def _find_deepspeed(settings: Settings) -> None:

@@ -16,6 +16,7 @@ from pipeline.cluster_config import ClusterSettings
 from pipeline.dpo_config import DpoSettings
 from pipeline.engine_config import EngineSettings
 from pipeline.grpo_config import GrpoSettings, LoraSettings
+from pipeline.monitor_config import MonitorSettings
 from pipeline.prm_config import PrmSettings
 from pipeline.search_config import SearchSettings, check_values
 from pipeline.task_config import CountdownTask, Gsm8kTask, Section, SyntheticTask
@@ -397,6 +398,7 @@ class Settings(Section):
     base: BaseSettings = Field(BaseSettings(), description="The model to start from.")
     engine: EngineSettings = Field(EngineSettings(), description="What generates.")
     cluster: ClusterSettings = Field(ClusterSettings(), description="What runs where.")
+    monitor: MonitorSettings = Field(MonitorSettings(), description="What is watched while it runs.")
     rollouts: RolloutSettings = Field(RolloutSettings(), description="Sampling the model's own tries.")
     judge: JudgeSettings = Field(JudgeSettings(), description="Right or wrong, and where it went wrong.")
     traces: TraceSettings = Field(TraceSettings(), description="Backtrack traces from judged rollouts.")

@@ -8,12 +8,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Container, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config import Settings
+from pipeline.rollout_log import RolloutLog
 from pipeline.settings_file import dump_settings
 from pipeline.stages.graph import MODEL, NAMES, steps, trained_stage
 from pipeline.stages.stage import Context, Input, Stage, StageError
@@ -258,7 +259,9 @@ class Pipeline:
         resume = self._store.root / ".resume" / f"{round}-{stage.name}" / found.key[:16]
         self._forget_checkpoints(resume)
         inputs = {name: self._store.here(*place) for name, place in found.places.items()}
+        rollouts = self._watched(round, stage.name)
         with (
+            closing(rollouts),
             self._store.keeping(resume, self._terminal.warn),
             tempfile.TemporaryDirectory(dir=self._store.root / ".tmp") as scratch,
             self._store.write(round, stage.name, key=found.key, settings=found.settings, inputs=found.digests, seed=seed) as draft,
@@ -275,10 +278,21 @@ class Pipeline:
                     digests=found.digests,
                     terminal=self._terminal,
                     workers=workers,
+                    rollouts=rollouts,
                 )
             )
         shutil.rmtree(resume.parent, ignore_errors=True)
         self._checked[round, stage.name] = None
+
+    def _watched(self, round: int, stage: str) -> RolloutLog:
+        """Have a stage's progress and rollouts told to Ray's metrics; the log of its rollouts."""
+        from actors import metrics
+
+        metrics.begin(metrics.Labels(self._settings.run.name, stage, round))
+        self._terminal.on_progress = metrics.progressed
+        asked = self._settings.monitor
+        folder, most = self._store.root / "logs" / "rollouts", asked.rollout_mib << 20
+        return RolloutLog(folder, stage, round, most, asked.rollout_files, metrics.rolled)
 
     def _forget_checkpoints(self, resume: Path) -> None:
         """Remove what other settings or inputs have left of the same output: nothing goes on from there."""

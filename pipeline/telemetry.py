@@ -27,9 +27,14 @@ LINE_EVERY = 5.0
 """Seconds between two plain progress lines."""
 DRAW_EVERY = 0.1
 """Seconds between two redraws; stages may report every row."""
+TELL_EVERY = 1.0
+"""Seconds between two calls of a terminal's `on_progress`."""
 RATE_WINDOW = 30.0
 """Seconds over which the rate is taken: a slow start must not spoil the time left for the whole stage."""
 OWN_LOGGERS = "retract"
+
+OnProgress = Callable[[str, str, int], None]
+"""(stage, unit, how many more are finished)."""
 
 PROGRESS_BARS_OFF = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -59,11 +64,13 @@ class Progress:
         clock: Callable[[], float],
         write_line: Callable[[str], None],
         draw: Callable[[int, str], None] | None,
+        tell: OnProgress | None = None,
     ) -> None:
         self._stage, self._total, self._unit = stage, total, unit
-        self._clock, self._write_line, self._draw = clock, write_line, draw
+        self._clock, self._write_line, self._draw, self._tell = clock, write_line, draw, tell
         self._done, self._note = 0, ""
-        self._began = self._lined = self._drawn = clock()
+        self._told = 0
+        self._began = self._lined = self._drawn = self._told_at = clock()
         self._samples = deque([(self._began, 0)])  # (time, done), newest last
         write_line(f"[{stage}] started" if total is None else f"[{stage}] started, {total} {unit}")
 
@@ -77,6 +84,9 @@ class Progress:
         if now - self._lined >= LINE_EVERY:
             self._lined = now
             self._write_line(f"[{self._stage}] {self._details(now)}")
+        if now - self._told_at >= TELL_EVERY:
+            self._told_at = now
+            self._tell_new()
 
     def advance(self, n: int = 1, note: str = "") -> None:
         """`n` more are finished."""
@@ -84,12 +94,18 @@ class Progress:
 
     def end(self, word: str) -> None:
         """The last line: overall rate and time, after `word` ("took", "stopped after")."""
+        self._tell_new()
         seconds = self._clock() - self._began
         rate = self._done / seconds if seconds > 0 else 0.0
         details = "  ".join(filter(None, [self._count(), self._rate(rate), f"{word} {_duration(seconds)}", self._note]))
         if self._draw is not None:
             self._draw(self._done, details)
         self._write_line(f"[{self._stage}] {details}")
+
+    def _tell_new(self) -> None:
+        if self._tell is not None and self._done > self._told:
+            self._tell(self._stage, self._unit, self._done - self._told)
+            self._told = self._done
 
     def _details(self, now: float) -> str:
         if now - self._samples[-1][0] >= 0.5:
@@ -134,6 +150,8 @@ class Terminal:
     ) -> None:
         self._log_file, self._out, self._err, self._clock = log_file, out, err, clock
         self._live: Console | None = None
+        self.on_progress: OnProgress | None = None
+        """Is told of what stages finish, at most once a second each."""
         if log_file is not None:
             log_file.parent.mkdir(parents=True, exist_ok=True)
 
@@ -142,7 +160,7 @@ class Terminal:
         """Show the progress of one stage: one live line on a terminal, elsewhere plain lines, the last one always."""
         out = self._stdout()
         if not (out.isatty() and os.environ.get("TERM", "dumb") != "dumb"):
-            with _ended(Progress(name, total, unit, self._clock, self._line, None)) as progress:
+            with _ended(Progress(name, total, unit, self._clock, self._line, None, self.on_progress)) as progress:
                 yield progress
             return
         bar = rich.progress.Progress(
@@ -155,7 +173,8 @@ class Terminal:
         )
         task = bar.add_task(name, total=total, details="")
         try:
-            with bar, _ended(Progress(name, total, unit, self._clock, self._log, _drawing(bar, task))) as progress:
+            drawing = _drawing(bar, task)
+            with bar, _ended(Progress(name, total, unit, self._clock, self._log, drawing, self.on_progress)) as progress:
                 self._live = bar.console
                 yield progress
         finally:

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from actors.learner import DevCheck
+from actors.learner import Curve, DevCheck
 from actors.packing import TrainingSet
 from actors.workers import curve_json
 from pipeline.backtrack.embedding import add_undo_token
@@ -53,18 +53,23 @@ def _from_scratch(context: Context) -> None:
         max_tokens=longest + 16,
     )
     traces = [clean_trace(codec, problem) for problem in learn]
-    with context.terminal.stage("base", train.steps, "steps") as progress:
+    with context.terminal.stage("base", train.steps, "steps") as progress, context.workers.watch("base", 0) as watch:
+
+        def show(curve: Curve) -> None:
+            watch.curve(curve)
+            progress.update(curve.step, _note(curve.losses, curve.checks))
+
         curve = context.workers.fit(
             start,
             context.out,
             TrainingSet(traces, codec.rule),
             train,
             settings.run.seed,
-            lambda c: progress.update(c.step, _note(c.losses, c.checks)),
+            show,
             check,
             context.resume,
         )
-        progress.update(curve.step, _note(curve.losses, curve.checks))
+        show(curve)
     if curve.left_out:
         context.terminal.warn(f"base: {curve.left_out} problems are longer than base.train.row_tokens and were left out")
     write_json(curve_json(curve), context.out / "curve.json")

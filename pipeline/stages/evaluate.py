@@ -21,14 +21,15 @@ from pipeline.backtrack.cursor import DecodeRequest, Decoding, Mode
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import Settings
 from pipeline.metrics import Evaluated, Probed, acceptance, in_numbers, summarise, tokens_table
+from pipeline.rollout_log import Rolled
 from pipeline.stages.io import Codec, decoding_of, read_problems, write_json, write_rows
 from pipeline.stages.prm import MODEL as PRM
 from pipeline.stages.prm import named_signal
 from pipeline.stages.probes import own_errors, spread, spurious_undos
-from pipeline.stages.rollouts import context_length, row_seed, within_context
+from pipeline.stages.rollouts import context_length, rolled, row_seed, within_context
 from pipeline.stages.sft import CONTROL
 from pipeline.stages.stage import Context
-from pipeline.stages.votes import elected, requests_for, votes_needed
+from pipeline.stages.votes import VOTE, elected, requests_for, votes_needed
 from pipeline.tasks.problem import Problem
 from verifiers.tasks import judge_of
 
@@ -92,7 +93,9 @@ def run(context: Context) -> None:
     with context.terminal.stage("evaluate", len(models) * (len(chosen) + beside)) as progress:
         for model in models:
             progress.advance(0, model.name)
-            rows += _evaluate(context, model, chosen, codec, lambda count, tokens: progress.advance(count))
+            found = _evaluate(context, model, chosen, codec, lambda count, tokens: progress.advance(count))
+            context.rollouts.write([line for row in found for line in rolled_of(row, model.version)])
+            rows += found
     rows.sort(key=lambda row: row.temperature != asked.temperature)  # what is measured beside comes behind
     rows += _votes(context, models, rows, chosen, codec)
     with context.terminal.stage("probes", None) as progress:
@@ -193,6 +196,8 @@ def _votes(
             model.folder, wanted, decoding, context_length(context), lambda count, tokens: progress.advance(count)
         )
     completions = [Completion(one.ids, (), one.finish) for one in done]
+    names = [(f"{test[i // count].id}#{model.name}.{VOTE}.{i % count}", test[i // count].id) for i in range(len(done))]
+    context.rollouts.write(rolled(names, done, model.version, VOTE, asked.vote_temperature))
     by_problem = {row.problem: row for row in own}
     found = elected(test, completions, count, by_problem, codec)
     if verifiers := context.inputs.get("prm"):
@@ -277,6 +282,22 @@ def evaluated(
         token_ids=done.token_ids,
         first_token_ids=first.token_ids,
     )
+
+
+def rolled_of(row: Evaluated, version: str) -> list[Rolled]:
+    """A row for the log of rollouts, and its first try where that is another rollout."""
+    name = f"{row.problem}#{row.model}"
+    one = Rolled(
+        f"{name}.{row.mode}.{row.temperature:g}", row.problem, row.token_ids, row.finish, version, row.mode, row.temperature,
+        row.undos, model=row.model, correct=row.correct,
+    )  # fmt: skip
+    if tuple(row.first_token_ids) == tuple(row.token_ids):
+        return [one]
+    first = replace(
+        one, id=f"{name}.{row.mode}.{row.temperature:g}.first", mode="forbidden", undos=0, token_ids=row.first_token_ids,
+        correct=row.first_correct, finish="",
+    )  # fmt: skip
+    return [one, first]
 
 
 def _probe(context: Context, models: Sequence[Model], problems: Sequence[Problem], codec: Codec) -> list[Probed]:

@@ -27,6 +27,7 @@ from actors.rollout import RolloutPool
 from actors.workers import GrpoLearner
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding, Mode
 from pipeline.backtrack.tree import Walk
+from pipeline.rollout_log import Rolled
 from pipeline.stages.io import Codec, decoding_of, read_problems, write_json
 from pipeline.stages.prm import MODEL as PRM
 from pipeline.stages.probes import spread
@@ -95,10 +96,12 @@ class Batch:
     problems: list[str]
     decoded: list[Decoded]
     seconds: float
+    version: str = ""
+    """Of the weights that made them."""
 
     def to_json(self) -> Any:
         rows = [asdict(one) | {"banned": [sorted(ids) for ids in one.banned], "closed": sorted(one.closed)} for one in self.decoded]
-        return {"problems": self.problems, "decoded": rows, "seconds": self.seconds}
+        return {"problems": self.problems, "decoded": rows, "seconds": self.seconds, "version": self.version}
 
     @classmethod
     def from_json(cls, value: Any) -> Batch:
@@ -109,7 +112,7 @@ class Batch:
             })
             for row in value["decoded"]
         ]  # fmt: skip
-        return cls(value["problems"], rows, value["seconds"])
+        return cls(value["problems"], rows, value["seconds"], value.get("version", ""))
 
 
 class _Loop:
@@ -219,20 +222,20 @@ class _Loop:
             for number, problem in enumerate(problems)
             for sample in range(group)
         ]
-        found, _ = self._pool.decode(requests, self._decoding, self._context.settings.rollouts.batch)
+        found, version = self._pool.decode(requests, self._decoding, self._context.settings.rollouts.batch)
         names, decoded = [], []
         for number, problem in enumerate(problems):
             rows = [one for one in found[number * group : number * group + group] if isinstance(one, Decoded)]
             if len(rows) == group:
                 names.append(problem.id)
                 decoded += rows
-        batch = Batch(names, decoded, time.monotonic() - begun)
+        batch = Batch(names, decoded, time.monotonic() - begun, version)
         if len(names) == len(problems):
             return batch
         # A group without one of its rollouts has other advantages: another problem takes its place.
         self._context.counts["quarantined"] = self._pool.quarantine.rows
         other = self._roll(len(problems) - len(names))
-        return Batch(names + other.problems, decoded + other.decoded, batch.seconds + other.seconds)
+        return Batch(names + other.problems, decoded + other.decoded, batch.seconds + other.seconds, version)
 
     # Learning
 
@@ -244,9 +247,11 @@ class _Loop:
             flat = self._flat(scored, len(batch.problems))
             if not flat:
                 break
+            self._log(batch, rollouts, scored, flat)
             batch = self._refilled(batch, flat)
             rollouts, scored = self._reward(batch, progress)
         judge_seconds = time.monotonic() - begun
+        self._log(batch, rollouts, scored, range(len(batch.problems)))
         size = self._asked.group
         flat = self._flat(scored, len(batch.problems))
         groups = [range(at * size, at * size + size) for at in range(len(batch.problems))]
@@ -275,6 +280,22 @@ class _Loop:
         groups = [row // size for row in range(len(rollouts))]
         return rollouts, self._rewards.score(rollouts, groups, progress)
 
+    def _log(self, batch: Batch, rollouts: Sequence[JudgedRollout], scored: Scored, groups: Sequence[int]) -> None:
+        """Write the rollouts of some groups to the log."""
+        lines = []
+        for row in (row for group in groups for row in range(group * self._asked.group, (group + 1) * self._asked.group)):
+            one, judged_one = batch.decoded[row], rollouts[row]
+            name = judged_one.problem.id
+            components = {key: values[row] for key, values in scored.components.items()}
+            lines.append(
+                Rolled(
+                    f"{name}#{self._name}.{self._step + 1}.{row}", name, one.ids, one.finish, batch.version, self._mode, 1.0,
+                    judged_one.undos, one.logprobs, self._step + 1, correct=judged_one.correct, reward=scored.rewards[row],
+                    components=components,
+                )
+            )  # fmt: skip
+        self._context.rollouts.write(lines)
+
     def _wrong(self, rollout: JudgedRollout) -> tuple[int, ...]:
         """What of it is blamed beside its reward."""
         if not self._asked.error_credit:
@@ -299,7 +320,7 @@ class _Loop:
         for place, at in enumerate(flat):
             problems[at] = fresh.problems[place]
             decoded[at * size : at * size + size] = fresh.decoded[place * size : place * size + size]
-        return Batch(problems, decoded, batch.seconds + fresh.seconds)
+        return Batch(problems, decoded, batch.seconds + fresh.seconds, fresh.version)
 
     def _nothing_to_learn(self) -> None:
         self._empty += 1

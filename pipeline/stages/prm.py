@@ -20,6 +20,7 @@ from actors.labelled import Labelled, linear
 from actors.parts import all_there
 from actors.prm import VerifierCurve, solution_score
 from actors.verifier_head import FILE as HEAD
+from actors.watch import Watch
 from pipeline.backtrack.cursor import Signal
 from pipeline.metrics import groups
 from pipeline.prm_config import PrmSettings
@@ -108,12 +109,13 @@ def _train_prm(context: Context, codec: Codec, problems: dict[str, Problem]) -> 
     for problem, row in rows:
         parts[is_held_out(problem, asked.held_out, seed)].append(row)
     source = context.inputs["sft" if asked.backbone == "sft" else "model"]
-    with context.terminal.stage("prm", asked.steps, "steps") as progress:
-        show = partial(_show, progress)
+    with context.terminal.stage("prm", asked.steps, "steps") as progress, context.workers.watch("prm", 0) as watch:
+        show = partial(_show, progress, watch)
         curve = context.workers.verifiers().fit_prm(
             source, context.out / MODEL, parts[False], parts[True], asked, codec.rule.step_end_ids, codec.stop_id, seed,
             context.resume, show,
         )  # fmt: skip
+        show(curve)
     if curve.left_out:
         context.terminal.warn(f"prm: {curve.left_out} of {len(parts[False])} rows are longer than prm.row_tokens and were left out")
     write_json(asdict(curve), context.out / "curve.json")
@@ -122,7 +124,8 @@ def _train_prm(context: Context, codec: Codec, problems: dict[str, Problem]) -> 
     return best_threshold(_valued(context, problems, chosen_on))
 
 
-def _show(progress: Any, curve: VerifierCurve) -> None:
+def _show(progress: Any, watch: Watch, curve: VerifierCurve) -> None:
+    watch.curve(curve, "held_out_loss")
     progress.update(curve.step, f"loss {curve.losses[-1][1]:.3f}" if curve.losses else "")
 
 
@@ -192,10 +195,12 @@ def _train_heads(
             target.mkdir(parents=True)
             shutil.copyfile(folder / HEAD, target / HEAD)
         else:
-            with context.terminal.stage(f"head/{name}", asked.steps, "steps") as progress:
+            stage = f"head/{name}"
+            with context.terminal.stage(stage, asked.steps, "steps") as progress, context.workers.watch(stage, 0) as watch:
                 curve = context.workers.verifiers().fit_head(
-                    folder, target, kept[False], kept[True], asked, seed, partial(_show, progress)
+                    folder, target, kept[False], kept[True], asked, seed, partial(_show, progress, watch)
                 )
+                _show(progress, watch, curve)
             write_json(asdict(curve), target / "curve.json")
         found[name] = _head_figures(context, folder, target, cases)
     context.counts.update(states=sum(len(row.at) for row in kept[False]), cases=len(cases))

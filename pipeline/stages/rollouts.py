@@ -16,7 +16,7 @@ from actors.parts import Quarantined
 from actors.rollout import Method, OnRows, RolloutPool
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.backtrack.undo import apply_undo
-from pipeline.config import Settings
+from pipeline.rollout_log import Rolled
 from pipeline.stages.graph import longest_completion
 from pipeline.stages.io import Codec, decoding_of, read_problems, write_rows
 from pipeline.stages.kept import Kept, tuples
@@ -68,7 +68,7 @@ def run(context: Context) -> None:
             wanted = [DecodeRequest(prompts[i], seed) for i, seed in zip(some, seeds, strict=True)]
             if wanted:
                 with Kept(context.resume / f"{'hot' if is_hot else 'plain'}.jsonl") as kept:
-                    version = _tries(pool, [ids[i] for i in some], wanted, settings, temperature, codec, on_rows, kept)
+                    version = _tries(context, pool, [ids[i] for i in some], wanted, temperature, codec, on_rows, kept)
                     found = {i: kept.found[ids[i]] for i in some if ids[i] in kept.found}
                 completions.update((i, Completion(*tuples(one[:3]))) for i, one in found.items())
     rows = [_row(ids[i], prompts[i], completions[i], hot[i], version) for i in fits if i in completions]
@@ -81,10 +81,10 @@ def run(context: Context) -> None:
 
 
 def _tries(
+    context: Context,
     pool: RolloutPool,
     ids: Sequence[str],
     wanted: Sequence[DecodeRequest],
-    settings: Settings,
     temperature: float,
     codec: Codec,
     on_rows: OnRows,
@@ -95,6 +95,7 @@ def _tries(
     Decoding without undo is plain generation, which engines do faster. Puts [ids, logprobs, finish, tokens spent] of each row into
     `kept`, as batches come; rows that are there already are not asked for. Returns the version of the weights.
     """
+    settings = context.settings
     asked, spent = settings.rollouts, (temperature, settings.rollouts.top_p, settings.rollouts.max_tokens)
     had = [kept.found[one][-1] for one in ids if one in kept.found]
     on_rows(len(had), sum(had))
@@ -108,6 +109,8 @@ def _tries(
         method = "generate"
     for start, batch in pool.stream(method, requests, how, asked.batch):
         made: dict[str, list[Any]] = {}
+        names = [(row, row.partition("#")[0]) for row in (ids[at] for at in missing[start : start + len(batch.done)])]
+        context.rollouts.write(rolled(names, batch.done, batch.version, asked.mode, temperature))
         for at, one in enumerate(batch.done, start):
             if not isinstance(one, Quarantined):
                 row, spent_tokens = (
@@ -135,6 +138,20 @@ def _row(row_id: str, prompt: Sequence[int], completion: Completion, hot: bool, 
         "hot": hot,
         "version": version,
     }
+
+
+def rolled(names: Sequence[tuple[str, str]], made: Sequence[object], version: str, mode: str, temperature: float) -> list[Rolled]:
+    """Completions and decodes for the log of rollouts; anything else among them is left out.
+
+    Args:
+        names: id and problem of each.
+    """
+    rows = []
+    for (row_id, problem), one in zip(names, made, strict=True):
+        if isinstance(one, Completion | Decoded):
+            ids, undos = (one.token_ids, 0) if isinstance(one, Completion) else (one.ids, one.undos)
+            rows.append(Rolled(row_id, problem, ids, one.finish, version, mode, temperature, undos, one.logprobs))
+    return rows
 
 
 def row_seed(seed: int, row_id: str) -> int:

@@ -21,6 +21,7 @@ from actors.rollout import RolloutPool
 from actors.search import Case, Meter, Searcher, StateValue
 from pipeline.backtrack.searched import Searched, pairs, step_values
 from pipeline.config import UndoSettings
+from pipeline.rollout_log import Rolled
 from pipeline.search_page import Drawn, draw, render
 from pipeline.stages.io import Codec, read_problems, write_json, write_rows
 from pipeline.stages.kept import Kept, tuples
@@ -110,6 +111,7 @@ def run(context: Context) -> None:
             for tree in workers.search([case for case in cases if case.problem.id not in found]):
                 kept.add({tree.problem: astuple(tree)})
                 found[tree.problem] = tree
+                context.rollouts.write(ends_of(tree, context.digests[model], how.undo, how.temperature))
                 progress.update(len(found), f"{sum(one.solved for one in found.values())} solved")
     finally:
         workers.close()
@@ -128,6 +130,17 @@ def _state_values(context: Context) -> StateValue | None:
         return context.workers.verifiers().state_values(folder)
     except HeadError as error:
         raise StageError(f"search.prm: {error}") from error
+
+
+def ends_of(tree: Searched, version: str, mode: str, temperature: float) -> list[Rolled]:
+    """The judged ends of a tree for the log of rollouts: the way to each, without what was taken back along it."""
+    return [
+        Rolled(
+            f"{tree.problem}#{node}", tree.problem, tree.surviving(node), "stop", version, mode, temperature,
+            sum(tree.undone[at] for at in tree.path(node)), correct=bool(right),
+        )
+        for node, right in enumerate(tree.right) if right >= 0
+    ]  # fmt: skip
 
 
 def _cases(context: Context, codec: Codec, pool: RolloutPool, ends_right: EndsRight) -> list[Case]:

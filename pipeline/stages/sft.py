@@ -90,9 +90,10 @@ def train(
     """Train the start model on the set, with progress, and warn of what the checks find."""
     told: list[str] = []
     logged: list[str] = []
-    with context.terminal.stage(name, settings.steps, "steps") as progress:
+    with context.terminal.stage(name, settings.steps, "steps") as progress, context.workers.watch(name, 0) as watch:
 
         def show(curve: Curve, ended: bool = False) -> None:
+            watch.curve(curve)
             progress.update(curve.step, f"loss {curve.losses[-1][1]:.3f}" if curve.losses else "")
             # While it runs, a check of the step that it stands at may be under way.
             checks = said([one for one in curve.probes if ended or one.step < curve.step])

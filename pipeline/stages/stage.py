@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Settings
+from pipeline.rollout_log import RolloutLog
 from pipeline.telemetry import Terminal
 
 if TYPE_CHECKING:  # planning a run must not import torch and ray
@@ -47,6 +48,8 @@ class Context:
     """Digest of each input: for a model input, the version that its completions carry."""
     terminal: Terminal
     workers: Workers
+    rollouts: RolloutLog = field(default_factory=lambda: RolloutLog(None))
+    """Where every rollout that it makes is written, by `write`."""
 
 
 @dataclass(frozen=True)

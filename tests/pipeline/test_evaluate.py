@@ -27,6 +27,7 @@ from pipeline.config import (
     SignalSettings,
 )
 from pipeline.config import UndoSettings as Undo
+from pipeline.rollout_log import RolloutLog
 from pipeline.stages import evaluate
 from pipeline.stages.io import Codec
 from pipeline.stages.probes import spurious_undos
@@ -115,7 +116,7 @@ def evaluated(inputs: dict[str, Path], out: Path, settings: Settings) -> list[di
             settings=settings,
             round=1,
             out=out,
-            counts={},
+            counts={}, rollouts=RolloutLog(None),
             inputs=inputs,
             digests={"model": "a", "sft": "b"},
             terminal=_Terminal(),

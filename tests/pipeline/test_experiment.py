@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +51,7 @@ class Workers:
             return [Completion(codec.solution_ids(text), (), "stop") for text in texts], ""
 
         self.pool = lambda *_: SimpleNamespace(generate=generate)
+        self.watch = lambda *_: nullcontext(SimpleNamespace(curve=lambda curve: None))
 
     def fit(self, source: Path, target: Path, data: Any, settings: SftSettings, seed: int, show: Any, **more: Any) -> Curve:
         self.fitted.append((settings.form, seed))

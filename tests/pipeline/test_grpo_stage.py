@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import DecodeSettings, EngineSettings, EvaluateSettings, RolloutSettings, Settings, UndoSettings
 from pipeline.grpo_config import GrpoSettings
+from pipeline.rollout_log import RolloutLog
 from pipeline.stages import grpo
 from pipeline.stages.io import Codec
 from pipeline.stages.stage import Context, StageError
@@ -136,6 +138,7 @@ class Run:
         context = SimpleNamespace(
             settings=self.settings, round=1, out=self.folder / "out", resume=self.folder / "resume", counts={},
             inputs=self.inputs, digests={"sft": "s"}, terminal=self.terminal,
+            rollouts=RolloutLog(self.folder / "logs", "grpo", 1),
             workers=SimpleNamespace(
                 grpo=lambda *given: self._learner(killed_at, *given), pool=self._pool, watch=partial(Watch, self.folder / "logs"),
                 restarts=Restarts(2, self.terminal.warn),
@@ -214,6 +217,15 @@ def test_figures_are_watched_while_it_runs(inputs: dict[str, Path], tmp_path: Pa
     assert [(one["step"], "reward" in one) for one in lines] == [(0, False), (1, True), (2, True), (2, False)]
     history = run.start()
     assert without_times(map(json.loads, (tmp_path / "logs" / "grpo.jsonl").read_text().splitlines())) == without_times(history)
+    logged = [json.loads(line) for line in (tmp_path / "logs" / "grpo-1.jsonl").read_text().splitlines()]
+    last = {one["id"]: one for one in logged}  # of what is written again
+    for record in (one for one in history if "reward" in one):
+        some = [one for one in last.values() if one["step"] == record["step"]]
+        assert len(some) == record["rollouts"]
+        assert fmean(one["reward"] for one in some) == pytest.approx(record["reward"])
+        assert fmean(one["correct"] for one in some) == record["accuracy"]
+        assert fmean(one["undos"] > 0 for one in some) == record["undo_rate"]
+        assert fmean(one["components"]["own"] for one in some) == pytest.approx(record["components"]["own"]["mean"])
     events = EventAccumulator(str(tmp_path / "logs" / "tensorboard" / "grpo"))
     events.Reload()
     steps = [one for one in history if "reward" in one]

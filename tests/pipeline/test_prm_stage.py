@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,6 +19,7 @@ from actors.decode import HfDecoder
 from actors.engines import HfEngine
 from actors.probe import probe
 from actors.verifier_actor import Verifying
+from actors.watch import Watch
 from pipeline.backtrack.cursor import DecodeRequest, Signal
 from pipeline.backtrack.targets import Form, Targets
 from pipeline.backtrack.trace import Detour, WrongTry, build_trace
@@ -288,7 +290,7 @@ def context_of(inputs: dict[str, Path], out: Path, settings: Settings) -> Any:
         engine = HfEngine.from_folder(folder, EngineSettings(max_num_seqs=8), context)
         return SimpleNamespace(generate=lambda requests, sampling, batch: (engine.generate(requests, sampling), version))
 
-    workers = SimpleNamespace(pool=pool, verifiers=lambda: verifiers, probe=probe)
+    workers = SimpleNamespace(pool=pool, verifiers=lambda: verifiers, probe=probe, watch=partial(Watch, out.parent / "logs"))
     return SimpleNamespace(
         settings=settings, round=1, out=out, resume=out.parent / "resume", counts={}, inputs=inputs,
         digests={"model": "m", "sft": "s"}, terminal=Terminal(), workers=workers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from actors.rollout import Batch
 from pipeline.backtrack.cursor import DecodeRequest
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import DecodeSettings, EngineSettings, EvaluateSettings, RolloutSettings, Settings, UndoSettings
+from pipeline.rollout_log import RolloutLog
 from pipeline.stages import rollouts
 from pipeline.stages.io import Codec, decoding_of
 from pipeline.stages.stage import Context
@@ -80,7 +82,8 @@ def rows_of(inputs: dict[str, Path], out: Path, settings: Settings, pool: Pool |
     pool = pool or Pool(inputs["model"], settings)
     context = SimpleNamespace(
         settings=settings, round=1, out=out, counts={}, inputs=inputs, digests={"model": "v"}, terminal=Terminal(),
-        resume=out.parent / "resume", workers=SimpleNamespace(pool=lambda *_: pool), **more,
+        resume=out.parent / "resume", rollouts=RolloutLog(out.parent / "logs", "rollouts", 1),
+        workers=SimpleNamespace(pool=lambda *_: pool), **more,
     )  # fmt: skip
     rollouts.run(cast(Context, context))
     LAST.update(counts=context.counts, warnings=context.terminal.warnings)
@@ -129,6 +132,8 @@ def test_what_survives_of_tries_with_undo(inputs: dict[str, Path], tmp_path: Pat
     rows = rows_of(inputs, tmp_path / "rows", settings)
     codec = Codec(inputs["model"], settings.undo, settings.base.prompt)
     decoder = HfDecoder.from_folder(inputs["model"], 1, CONTEXT)
+    logged = {one["id"]: one for one in map(json.loads, (tmp_path / "logs" / "rollouts-1.jsonl").read_text().splitlines())}
+    assert logged.keys() == {row["id"] for row in rows}
     undone = 0
     for row in rows:
         temperature = settings.rollouts.hot_temperature if row["hot"] else settings.rollouts.temperature
@@ -140,4 +145,8 @@ def test_what_survives_of_tries_with_undo(inputs: dict[str, Path], tmp_path: Pat
         assert row["logprobs"] == pytest.approx([wanted.logprobs[place] for place in places], rel=3e-4, abs=5e-4)
         assert row["finish"] == wanted.finish and codec.rule.undo_id not in row["token_ids"]
         undone += wanted.undos > 0
+        line = logged[row["id"]]  # as it was emitted
+        assert (tuple(line["token_ids"]), line["undos"], line["finish"]) == (wanted.ids, wanted.undos, wanted.finish)
+        assert (line["problem"], line["version"], line["mode"], line["temperature"]) == (row["problem"], "v", "rewind", temperature)
+        assert len(line["logprobs"]) == len(wanted.ids)
     assert undone > 4 and sum(row["hot"] for row in rows) == len(TRAIN)

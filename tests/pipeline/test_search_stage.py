@@ -17,6 +17,7 @@ from actors.prm import ProcessRewardModel
 from actors.search import Meter, Searcher
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import EngineSettings, RolloutSettings, Settings, TraceSettings
+from pipeline.rollout_log import RolloutLog
 from pipeline.stages import search
 from pipeline.stages.graph import steps
 from pipeline.stages.io import Codec
@@ -96,6 +97,7 @@ class Run:
         self.context = SimpleNamespace(
             settings=settings, round=1, out=folder, counts=self.counts, inputs=inputs, digests={"model": "m"},
             resume=folder.parent / f"{folder.name}-resume",
+            rollouts=RolloutLog(folder.parent / "logs", "search", 1),
             terminal=SimpleNamespace(stage=progress, warn=self.warnings.append, info=self.warnings.append),
             workers=SimpleNamespace(
                 pool=lambda *_: pool, search=Here, verifiers=lambda: SimpleNamespace(state_values=state_values)
