@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from actors import lean
 from actors.live import Live, Step, check_room
 from actors.ragged import RaggedCache
 from actors.scorers import scorer_of
@@ -75,6 +76,7 @@ class HfDecoder:
         self.model = model
         self._max_num_seqs, self._row_tokens = max_num_seqs, row_tokens
         self._folder = folder
+        self._lean = lean.is_lean(model)
         self._scorers: dict[tuple[str, str | None], Scorer] = {}
         self._layers, self._vocab_size = config.num_hidden_layers, model.get_output_embeddings().weight.shape[0]
 
@@ -159,14 +161,18 @@ class HfDecoder:
         columns_B = lengths_B - 1
         cache.expect_tokens(columns_B, longest)
         hidden_wanted = any(row.detector is not None and row.detector.reads_hidden for row in rows)
+        mask = (torch.arange(longest, device=device) < lengths_B.unsqueeze(1))[:, None, None]
         with _head_inputs(self.model, hidden_wanted) as hidden:
-            logits_BV = self.model(
-                input_ids=last_B.unsqueeze(1),
-                position_ids=columns_B.unsqueeze(1),
-                attention_mask=(torch.arange(longest, device=device) < lengths_B.unsqueeze(1))[:, None, None],
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
+            if self._lean:
+                logits_BV = lean.forward(self.model, last_B, columns_B, mask, cache)
+            else:
+                logits_BV = self.model(
+                    input_ids=last_B.unsqueeze(1),
+                    position_ids=columns_B.unsqueeze(1),
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits[:, -1]
         for places in alike(cursors):
             some, asked = [rows[place] for place in places], [cursors[place] for place in places]
             decoding, detector = asked[0].decoding, some[0].detector
@@ -231,28 +237,29 @@ def choose(logits_BV: Tensor, rows: Sequence[_Row], decoding: Decoding) -> Choic
     """The next id of every row: forced, U by the threshold or the signal, or the model's choice without the bans."""
     device = logits_BV.device
     logits_BV, picked = restrict(logits_BV, [row.cursor for row in rows], decoding)
-    norm_B = logits_BV.logsumexp(-1)
-
+    logprobs_BV = logits_BV.log_softmax(-1)
     if decoding.temperature == 0:
         ids_B = logits_BV.argmax(-1)
     else:
         uniforms = [row.uniforms[row.cursor.emitted][row.cursor.in_run] for row in rows]
         uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=device)
-        ids_B = _sample(logits_BV / decoding.temperature, uniforms_B, decoding.top_p)
+        warm = decoding.temperature != 1
+        probs_BV = (logits_BV / decoding.temperature).softmax(-1) if warm else logprobs_BV.exp()
+        ids_B = _sample(probs_BV, uniforms_B, decoding.top_p)
     picked_B = torch.tensor(picked, device=device)
     ids_B = torch.where(picked_B < 0, ids_B, picked_B)
-    logprobs_B = logits_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1) - norm_B
+    logprobs_B = logprobs_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1)
     alternatives_B = torch.full_like(logprobs_B, -torch.inf)
     if decoding.weighs_paths:
-        others_BV = logits_BV.scatter(1, ids_B.unsqueeze(1), -torch.inf)
+        others_BV = logprobs_BV.scatter(1, ids_B.unsqueeze(1), -torch.inf)
         others_BV[:, decoding.rule.undo_id] = -torch.inf
-        alternatives_B = others_BV.amax(-1) - norm_B
+        alternatives_B = others_BV.amax(-1)
     return Choices(ids_B, logprobs_B, alternatives_B, logits_BV)
 
 
-def _sample(logits_BV: Tensor, uniforms_B: Tensor, top_p: float) -> Tensor:
+def _sample(probs_BV: Tensor, uniforms_B: Tensor, top_p: float) -> Tensor:
     """[rows] The id in whose part of the cumulated distribution the row's number in 0 .. 1 falls."""
-    probs_BV, order_BV = logits_BV.softmax(-1), None
+    order_BV = None
     if top_p < 1:
         probs_BV, order_BV = probs_BV.sort(stable=True, dim=-1, descending=True)
         # The fewest ids that together have top_p: an id goes when those before it have as much.
