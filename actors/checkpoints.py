@@ -24,6 +24,7 @@ from actors.ranks import is_first, wait_for_all
 KEPT = 2  # the newest one may be half-written when the run is killed
 _WHOLE = "whole.json"
 _TENSORS = "kept.safetensors"
+_ASKED = "asked.json"
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,26 @@ class Checkpoints(TrainerCallback):
             file.flush()
             os.fsync(file.fileno())
         part.replace(path / _WHOLE)
+
+
+def claim(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Let a folder hold the checkpoints of this training alone, which is told by `asked`, JSON values.
+
+    Raises:
+        ValueError: what stands there is of another one.
+    """
+    file = folder / _ASKED
+    if file.is_file():
+        kept = json.loads(file.read_text())
+        for key in sorted(kept.keys() | asked.keys()):
+            was, now = kept.get(key), asked.get(key)
+            if was != now:
+                raise ValueError(f"the checkpoints in {folder} are of another training: {key} was {was}, is {now}")
+    elif is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f"{_ASKED}.part"
+        part.write_text(json.dumps(dict(asked)))
+        part.replace(file)
 
 
 def save_step(kept: Path, step: int, write: Callable[[Path], None]) -> None:

@@ -246,6 +246,27 @@ def masked_share(
     return found / total if total else 0.0
 
 
+_SAID = {
+    "p_undo_error": "P(undo | own error)",
+    "p_undo_right": "P(undo | right)",
+    "p_correction": "P(correction | undo)",
+    "logp_error": "log p(error)",
+    "accuracy": "accuracy",
+    "undo_rate": "with undo",
+}
+
+
+def said(probes: Sequence[Measured]) -> list[str]:
+    """A line for every check, of all problems together; intervals and kinds of problems stand in the curve."""
+    lines = []
+    for step, some in itertools.groupby(probes, lambda one: one.step):
+        of_all = {one.name: one.value for one in some if one.group == "all"}
+        values = [f"{what} {of_all[name]:.3f}" for name, what in _SAID.items() if name in of_all]
+        if values:
+            lines.append(f"step {step}: {', '.join(values)}")
+    return lines
+
+
 def alarms(probes: Sequence[Measured], right_states: Sequence[tuple[int, Sequence[float]]], threshold: float | None) -> list[str]:
     """A line for every check at which undo has become more likely where nothing is wrong: the decoder will undo right text.
 
@@ -254,7 +275,9 @@ def alarms(probes: Sequence[Measured], right_states: Sequence[tuple[int, Sequenc
     """
     means = {one.step: one for one in probes if (one.group, one.name) == ("all", "p_undo_right")}
     lines = []
-    for (before, then), (step, now) in itertools.pairwise(right_states):
+    # A training that is asked while it measures may have a check's states and not yet its means: the next answer has both.
+    whole = [(step, states) for step, states in right_states if step in means]
+    for (before, then), (step, now) in itertools.pairwise(whole):
         was, is_now = means[before], means[step]
         if threshold is not None and now:
             fires, fired = (sum(value > threshold for value in some) / len(some) for some in (now, then))

@@ -6,28 +6,29 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from actors.nodes import check_nodes, check_room, wait_for_room
+from actors.placement import ClusterError
 from pipeline.cluster_config import ActorResources, ClusterSettings
 
 
-class ClusterError(RuntimeError):
-    """The cluster cannot run what is asked for, or an actor died. One line."""
-
-
 @contextmanager
-def ray_session(cluster: ClusterSettings) -> Iterator[str]:
+def ray_session(cluster: ClusterSettings, shared: Path | None = None, say: Callable[[str], None] = print) -> Iterator[str]:
     """Ray for the length of a run; yields the dashboard's address, "" where there is none.
 
     RAY_ADDRESS or cluster.address is joined; otherwise a local Ray starts and ends here.
 
+    Args:
+        shared: a folder that every node of a joined cluster has to see.
+
     Raises:
-        ClusterError: no Ray at the address, or too few resources for the actors.
+        ClusterError: no Ray at the address, no room for the actors, or a node that cannot be worked with.
     """
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     # Workers import this checkout: inside a job the working directory is on their path already.
@@ -50,26 +51,15 @@ def ray_session(cluster: ClusterSettings) -> Iterator[str]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler aborts the process
     try:
-        _check_resources(cluster)
+        # An actor that never fits would stay pending for ever: say so before any work starts.
+        if address:
+            wait_for_room(cluster, say)
+            check_nodes(shared)
+        else:
+            check_room(cluster)
         yield joined.dashboard_url or ""
     finally:
         ray.shutdown()
-
-
-def _check_resources(cluster: ClusterSettings) -> None:
-    """An actor that never fits would stay pending for ever: say so before any work starts."""
-    total = ray.cluster_resources()
-    rollouts, workers = cluster.rollout_actors, cluster.learner_workers
-    learner = "the learner" if workers == 1 else f"{workers} learner workers"
-    # All three stay or run at the same time.
-    together = ((rollouts, cluster.rollout), (workers, cluster.learner), (1, cluster.judge))
-    for kind, key in (("CPU", "cpus"), ("GPU", "gpus")):
-        needed = sum(count * getattr(part, key) for count, part in together)
-        if needed > total.get(kind, 0):
-            raise ClusterError(
-                f"the cluster has {total.get(kind, 0):g} {kind}s, but {rollouts} rollout actors (cluster.rollout.{key}) beside "
-                f"{learner} (cluster.learner.{key}) and a judge (cluster.judge.{key}) need {needed:g}; lower these settings"
-            )
 
 
 def actor_options(resources: ActorResources, name: str, sharing: int) -> dict[str, Any]:

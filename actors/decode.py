@@ -71,7 +71,10 @@ class HfDecoder:
         attention, window = config._attn_implementation, getattr(config, "sliding_window", None)
         if attention not in ("sdpa", BY_SEGMENT):
             raise ValueError(f"decoding with undo needs attention sdpa, the model was loaded with {attention}")
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and window and window < row_tokens:
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if others := sorted(kinds - {"full_attention", "sliding_attention"}):
+            raise ValueError(f"the model has layers of kind {others[0]}, which keep nothing that a rewind could shorten")
+        if "sliding_attention" in kinds and window and window < row_tokens:
             raise ValueError(f"the model's attention slides over {window} tokens, rows may have {row_tokens}")
         self.model = model
         self._max_num_seqs, self._row_tokens = max_num_seqs, row_tokens
@@ -84,7 +87,9 @@ class HfDecoder:
     def from_folder(cls, folder: Path, max_num_seqs: int, row_tokens: int) -> HfDecoder:
         """The model of a folder in fp32, on a GPU if there is one."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+        )
         return cls(model.to(device).eval(), max_num_seqs, row_tokens, folder)
 
     @torch.inference_mode()
@@ -98,7 +103,7 @@ class HfDecoder:
             ValueError: a request that `Cursor` refuses, or that has no room in a row; a verifier that is not there.
         """
         detector = self.detector(decoding, scorer)
-        cursors = [Cursor(request, decoding, self._vocab_size) for request in requests]
+        cursors = [self.cursor(request, decoding) for request in requests]
         for cursor in cursors:
             check_room(cursor, decoding, self._row_tokens)
         longest = max((cursor.length for cursor in cursors), default=0) + decoding.max_tokens
@@ -118,6 +123,14 @@ class HfDecoder:
             done.update((row.index, row.cursor.result()) for row in rows if row.cursor.finish)
             rows = _leave(cache, rows)
         return [done[index] for index in range(len(requests))]
+
+    def cursor(self, request: DecodeRequest, decoding: Decoding) -> Cursor:
+        """A request at its beginning.
+
+        Raises:
+            ValueError: as `Cursor`.
+        """
+        return Cursor(request, decoding, self._vocab_size)
 
     def detector(self, decoding: Decoding, scorer: Scorer | None = None) -> Detector | None:
         """What asks for U, with the learned verifier that it needs; each is loaded once."""
@@ -306,7 +319,7 @@ class HfLive(Live):
         return len(self._waiting) + len(self._rows)
 
     def add(self, key: int, request: DecodeRequest, decoding: Decoding) -> None:
-        cursor = Cursor(request, decoding, self._decoder._vocab_size)
+        cursor = self._decoder.cursor(request, decoding)
         check_room(cursor, decoding, self._row_tokens)
         self._waiting[key] = (cursor, request.seed, self._decoder.detector(decoding))
 

@@ -229,7 +229,7 @@ class HfEngine:
     @classmethod
     def from_folder(cls, folder: Path, settings: EngineSettings, context: int | None = None) -> HfEngine:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype), use_safetensors=True)
         return cls(model.to(device).eval(), settings.max_num_seqs, context)
 
     @cached_property

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO, get_args
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
@@ -258,9 +259,11 @@ def load_decoder(saved: SavedModel, max_num_seqs: int, row_tokens: int) -> HfDec
     """
     try:
         decoder = HfDecoder.from_folder(saved.folder, max_num_seqs, row_tokens)
-        decoder.detector(saved.decoding(saved.settings, 1))  # a verifier that is missing shall not be missed later
+        decoding = saved.decoding(saved.settings, 1)
+        decoder.detector(decoding)  # a verifier that is missing shall not be missed later
+        decoder.cursor(DecodeRequest((saved.stop_id,), 0), decoding)  # nor a tokenizer of another model
         return decoder
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{saved.folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 

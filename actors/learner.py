@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 from transformers.training_args import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from actors.checkpoints import KEPT, Checkpoints, Snapshot
+from actors.checkpoints import KEPT, Checkpoints, Snapshot, claim
 from actors.checks import CheckError, Checks, HeldOut, Measured
 from actors.decode import HfDecoder
 from actors.dynamic import DynamicMask
@@ -100,8 +100,8 @@ def fit(
         held_out: what the training is checked on while it runs.
 
     Raises:
-        TrainingError: a loss that is no number, a check that failed, no memory left, no trace fits into a row, or the model has no
-            undo token.
+        TrainingError: a loss that is no number, a check that failed, no memory left, no trace fits into a row, the model has no
+            undo token or cannot be trained that way, or the checkpoints are of another training.
     """
     try:
         return _fit(source, target, data, settings, seed, curve, check, resume, held_out)
@@ -114,6 +114,12 @@ def fit(
 
 def _fit(source: Path, target: Path, data: TrainingSet, settings: TrainSettings, seed: int, curve: Curve,
          check: DevCheck | None, resume: Path | None, held_out: HeldOut | None) -> Curve:  # fmt: skip
+    if resume:
+        asked = settings.model_dump(mode="json", exclude={"checkpoint_every"}) | {"seed": seed, "traces": len(data.traces)}
+        try:
+            claim(resume, asked)
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
     if resume and (resume / _FINISHED).is_dir():
         if is_first():
             shutil.copytree(resume / _FINISHED, target, dirs_exist_ok=True)
@@ -127,7 +133,10 @@ def _fit(source: Path, target: Path, data: TrainingSet, settings: TrainSettings,
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     by_segment = not settings.compile and attends_by_segment(model)
     torch.manual_seed(seed)  # adapters begin at random
-    model = prepare(model, data.rule.undo_id, sft.trainable, sft.lora.rank, sft.lora.alpha)
+    try:
+        model = prepare(model, data.rule.undo_id, sft.trainable, sft.lora.rank, sft.lora.alpha)
+    except ValueError as error:
+        raise TrainingError(f"the model of {source} cannot be trained: {error}") from error
     if settings.compile:
         _decoder_of(model).compile()  # the head stays outside: which places it sees differs from batch to batch
     examples, curve.left_out = examples_of(data, settings.row_tokens)

@@ -224,10 +224,13 @@ class _Api:
 
     async def _whole(self, question: _Question) -> dict[str, Any]:
         done: dict[int, Decoded] = {}
-        async with aclosing(self._service.decode(question.decodes)) as steps:
-            async for place, step in steps:
-                if step.decoded:
-                    done[place] = step.decoded
+        try:
+            async with aclosing(self._service.decode(question.decodes)) as steps:
+                async for place, step in steps:
+                    if step.decoded:
+                        done[place] = step.decoded
+        except ValueError as error:  # what only the engine can refuse
+            raise _Problem(400, str(error)) from error
         choices = []
         for index in range(len(question.decodes)):
             one = done[index]
@@ -271,7 +274,7 @@ class _Api:
                     if step.decoded:
                         yield chunk(index, None, finish_reason=step.decoded.finish, retract={"undos": step.decoded.undos})
         except (EngineDied, ValueError) as error:
-            yield _event(_error(500, str(error)))
+            yield _event(_error(400 if isinstance(error, ValueError) else 500, str(error)))
             return
         if question.usage:
             yield _event({**head, "choices": [], "usage": _usage(question, tokens)})

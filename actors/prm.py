@@ -77,7 +77,7 @@ class ProcessRewardModel(nn.Module):
     @classmethod
     def new(cls, folder: Path, units: int, step_end_ids: frozenset[int], stop_id: int) -> ProcessRewardModel:
         """The backbone of any causal model's folder, and a fresh head."""
-        backbone: Any = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        backbone: Any = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         return cls(backbone, Head(backbone.config.get_text_config().hidden_size, units), step_end_ids, stop_id)
 
     @classmethod
@@ -97,7 +97,7 @@ class ProcessRewardModel(nn.Module):
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise HeadError(f"{folder / NOTE} cannot be read: {' '.join(str(error).split())[:200]}") from error
         try:
-            backbone: Any = AutoModel.from_pretrained(folder, dtype=torch.float32)
+            backbone: Any = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise HeadError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
         head, _ = load_head(folder / HEAD, backbone.config.get_text_config().hidden_size)

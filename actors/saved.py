@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 from pipeline.backtrack.cursor import Decoding, Mode, Signal
 from pipeline.backtrack.embedding import undo_rule
 from pipeline.backtrack.undo import UndoRule, Unit
-from pipeline.config import BaseSettings, DecodeSettings, SamplingSettings, UndoSettings
+from pipeline.config import BaseSettings, DecodeSettings, SamplingSettings, UndoSettings, prompt_template
 
 NOTE = "retract.json"
 _CONTEXT = 4096  # of a model whose config names no longest row
@@ -41,13 +41,7 @@ class AnswerSettings(SamplingSettings, DecodeSettings):
     @field_validator("prompt")
     @classmethod
     def _has_question(cls, value: str) -> str:
-        try:
-            once = value.format(question="") != value and value.count("{question}") == 1
-        except (LookupError, ValueError):
-            once = False
-        if not once:
-            raise ValueError("must hold {question} exactly once, and other braces doubled")
-        return value
+        return prompt_template(value)
 
 
 @dataclass(frozen=True)
@@ -76,6 +70,8 @@ class SavedModel:
         """
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} is no model folder: it has no config.json")
+        if not any(folder.glob("*.safetensors")):
+            raise InputError(f"{folder} has no weights in safetensors; pickled ones can run code when they are read, and are not")
         settings = answer_settings({**read_note(folder), **given})
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)

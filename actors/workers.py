@@ -17,9 +17,9 @@ from actors.cluster import ClusterError, actor_options, ray_session
 from actors.dpo import DpoActor, PairSet, Record
 from actors.engines import engine_kind
 from actors.grpo import GrpoActor, Report
-from actors.learner import Curve, DevCheck, LearnerActor
+from actors.learner import Curve, DevCheck, LearnerActor, TrainingError
 from actors.learner_group import LearnerGroupActor
-from actors.memory import how_to_save, how_to_save_decoding, killed
+from actors.memory import how_to_save, how_to_save_decoding, killed, out_of_memory
 from actors.packing import TrainingSet
 from actors.policy import Policy, Sampled
 from actors.probe import ProbeRow
@@ -59,7 +59,7 @@ class Workers:
     def start(self) -> None:
         if self._ray is None:
             stack = ExitStack()
-            url = stack.enter_context(ray_session(self._settings.cluster))
+            url = stack.enter_context(ray_session(self._settings.cluster, self._log_dir, self._say))
             self._ray = stack
             self._say(f"Ray is up: {ray.cluster_resources().get('CPU', 0):g} CPUs" + (f", dashboard http://{url}" if url else ""))
 
@@ -235,13 +235,16 @@ class Workers:
 
     def _get(self, ref: Any, how: str = "") -> Any:
         """A result of the learner; `how` says which settings save memory in what it was asked for."""
+        how = how or how_to_save_decoding(self._settings.engine.max_num_seqs)
         try:
             return ray.get(ref)
         except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, Exception) else error from error
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            if not isinstance(cause, TrainingError) and out_of_memory(cause):  # a training says so itself
+                raise ClusterError(f"the learner is out of memory: {how}") from error
+            raise cause from error
         except (RayActorError, OutOfMemoryError) as error:
             self._learner = self._group = None  # whoever asks again gets new ones
-            how = how or how_to_save_decoding(self._settings.engine.max_num_seqs)
             raise ClusterError(f"the learner died: {killed(error, how) or ' '.join(str(error).split())[:400]}") from error
 
 

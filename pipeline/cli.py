@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
@@ -16,6 +18,9 @@ from pipeline.stages.graph import NAMES
 from pipeline.stages.stage import StageError
 from pipeline.store import RunLock, StoreError
 from pipeline.telemetry import Terminal, quiet_third_parties
+
+LEAST_FREE = 256 << 20
+"""Bytes without which no run begins: what the smallest one writes, and some room."""
 
 _FAILED, _USAGE, _INTERRUPTED, _TERMINATED = 1, 2, 130, 143
 
@@ -40,6 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         if not 1 <= options.first_round <= settings.run.rounds:
             raise StageError(f"--from-round must lie in 1 .. run.rounds = {settings.run.rounds}, is {options.first_round}")
         _import_rewards(settings)
+        _find_deepspeed(settings)
     except (ConfigError, StageError) as error:
         terminal.error(str(error))
         return _USAGE
@@ -69,6 +75,15 @@ def _import_rewards(settings: Settings) -> None:
             raise ConfigError(f"grpo.reward.{error}") from error
 
 
+def _find_deepspeed(settings: Settings) -> None:
+    """Nor is this."""
+    file = settings.sft.deepspeed
+    if file is not None and not Path(file).is_file():
+        raise ConfigError(f"sft.deepspeed: there is no file {file}")
+    if file is not None and find_spec("deepspeed") is None:
+        raise ConfigError("sft.deepspeed: the package deepspeed is not installed")
+
+
 def run_folder(settings: Settings) -> Path:
     """The run's folder. Inside a Ray job the working folder is a copy that goes away: a relative root starts at home there."""
     root = Path(settings.run.root).expanduser()
@@ -80,6 +95,8 @@ def run_folder(settings: Settings) -> Path:
 
 def _run(settings: Settings, folder: Path, selection: Selection) -> int:
     folder.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(folder).free) < LEAST_FREE:
+        raise StoreError(f"the disk of {folder} is full: {free:,} bytes are free, {LEAST_FREE:,} are needed to begin (run.root)")
     with RunLock(folder):
         log_file = folder / "logs" / "driver.log"
         log_file.parent.mkdir(exist_ok=True)
@@ -101,6 +118,8 @@ def _run(settings: Settings, folder: Path, selection: Selection) -> int:
             terminal.error(str(error))
             return _FAILED
         terminal.summary(lines)
+        for line in pipeline.rounds():
+            terminal.info(line)
         report = pipeline.publish()
         if report:
             terminal.info(f"report: {report}")

@@ -26,6 +26,9 @@ class ClusterSettings(Section):
     learner: SmallActorResources = Field(SmallActorResources(), description="Resources of the learner, or of each of its workers.")
     learner_workers: int = Field(1, ge=1, le=4096, description="Processes that share each training step, by Ray Train.")
     judge: SmallActorResources = Field(SmallActorResources(), description="Resources of one judge task.")
+    place_timeout: int = Field(
+        20, ge=1, le=604_800, description="Seconds in which a cluster that is joined has to have room: nodes join, other jobs end."
+    )
     start_timeout: int = Field(300, ge=5, le=86_400, description="Seconds to wait for an actor to be placed and ready.")
     batch_timeout: int = Field(
         3600, ge=1, le=604_800, description="Seconds a rollout actor may take for a batch before it is killed."

@@ -79,6 +79,17 @@ class BaseTraining(TrainSettings):
     patience: int = Field(3, ge=1, description="Stop after this many measurements without a rise; the best model is kept.")
 
 
+def prompt_template(value: str) -> str:
+    """The value, if a question can be put into it."""
+    try:
+        once = value.format(question="") != value and value.count("{question}") == 1
+    except (LookupError, ValueError):
+        once = False
+    if not once:
+        raise ValueError("must hold {question} exactly once, and other braces doubled")
+    return value
+
+
 class BaseSettings(Section):
     model: str = Field("scratch", min_length=1, description="scratch, a hub id, or a local Hugging Face folder.")
     trust_remote_code: bool = Field(False, description="Run code that comes with a hub model.")
@@ -89,9 +100,7 @@ class BaseSettings(Section):
     @field_validator("prompt")
     @classmethod
     def _has_question(cls, value: str) -> str:
-        if value.count("{question}") != 1:
-            raise ValueError("must hold {question} exactly once")
-        return value
+        return prompt_template(value)
 
 
 class EngineSettings(Section):

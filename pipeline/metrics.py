@@ -126,6 +126,23 @@ def in_numbers(dev: Mapping[str, Any]) -> str:
     return f"from {dev['before']:.3f} to {dev['after']:.3f} (n {dev['n']}, McNemar p {dev['mcnemar_p']:.2g})"
 
 
+def rounds_table(rounds: Sequence[tuple[int, Mapping[str, Any]]]) -> list[str]:
+    """Lines that set rounds side by side: (number, metrics as `acceptance` decided on them). None for a single round.
+
+    A round starts from the newest one before that was accepted.
+    """
+    if len(rounds) < 2:
+        return []
+    lines, start = ["round  starts from  dev before   after      p  accepted"], "base"
+    for round, metrics in rounds:
+        dev = metrics.get("dev")
+        figures = [f"{dev['before']:.3f}", f"{dev['after']:.3f}", f"{dev['mcnemar_p']:.2g}"] if dev else ["-"] * 3
+        measured = "{:>10}  {:>6}  {:>5}".format(*figures)
+        lines.append(f"{round:>5}  {start:<11}  {measured}  {'yes' if metrics['accepted'] else 'no, it fell'}")
+        start = f"round {round}" if metrics["accepted"] else start
+    return lines
+
+
 def trained_model(rows: Sequence[Evaluated]) -> str:
     """Name of the model that a round ends with."""
     measured = {row.model for row in rows}

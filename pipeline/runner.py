@@ -148,6 +148,13 @@ class Pipeline:
             return f"dev accuracy is {metrics['dev']['after']:.3f} (run.enough)"
         return None
 
+    def rounds(self) -> list[str]:
+        """The table of the rounds so far that stand evaluated, as lines; none where there is but one."""
+        from pipeline.metrics import rounds_table  # scipy is behind it
+
+        found = [self._store.path(round, "evaluate") / "metrics.json" for round in range(1, self._settings.run.rounds + 1)]
+        return rounds_table([(round, json.loads(file.read_text())) for round, file in enumerate(found, 1) if file.is_file()])
+
     def publish(self) -> Path | None:
         """Put the newest report and the newest accepted model beside the rounds; the report's path, or None when there is none."""
         rounds = self._settings.run.rounds
@@ -179,6 +186,9 @@ class Pipeline:
         for file in self._store.path(*place).iterdir():
             if file.is_file() and file.name not in (MANIFEST, "curve.json"):
                 shutil.copyfile(file, part / file.name)
+        adapter = self._store.path(*place) / "adapter"  # of LoRA, beside the merged weights
+        if adapter.is_dir():
+            shutil.copytree(adapter, part / adapter.name)
         for name in ("README.md", "retract.json"):
             shutil.copyfile(report / name, part / name)
         if head:

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from actors.engines import HfEngine
+from actors.saved import InputError, SavedModel
 from pipeline.cli import main
-from pipeline.config import ScratchModel
+from pipeline.config import EngineSettings, ScratchModel
 from pipeline.stages.base import new_model, train_tokenizer
 
 GOOD = {"question": "Ana has 3 apples and buys 4. How many?", "answer": "She has <<3+4=7>>7.\n#### 7"}
@@ -97,6 +100,36 @@ def test_local_model_folder_gets_the_undo_token(tmp_path: Path) -> None:
     assert "<UNDO>" in [token["content"] for token in saved["added_tokens"]]
 
 
+def test_pickled_weights_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reading a pickle can run code of whoever wrote it."""
+    tokenizer = train_tokenizer(["Ana has 3 apples.\n#### 3"], 300)
+    folder = tmp_path / "model"
+    model = new_model(ScratchModel(layers=1, width=32, heads=2, vocab=300), tokenizer, 0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    assert main([*until_base(tmp_path), f"base.model={folder}"]) == 1
+    error = one_line(capsys)
+    assert f"base.model: cannot load '{folder}'" in error and "safetensors" in error
+    with pytest.raises(InputError, match="has no weights in safetensors"):
+        SavedModel.load(folder, {})
+    with pytest.raises(OSError, match="safetensors"):
+        HfEngine.from_folder(folder, EngineSettings())
+
+
+def test_code_of_a_model_is_not_run_unless_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tokenizer = train_tokenizer(["Ana has 3 apples.\n#### 3"], 300)
+    tokenizer.save_pretrained(folder)
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": code}))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    assert main([*until_base(tmp_path), f"base.model={folder}"]) == 1
+    assert "base.model: cannot load" in one_line(capsys) and not (tmp_path / "ran").exists()
+
+
 def test_unknown_stage_and_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--only", "sftt"]) == 2
     assert "no stage 'sftt'; the stages are problems, base" in one_line(capsys)
@@ -109,8 +142,28 @@ def test_a_stage_whose_input_is_not_there(tmp_path: Path, capsys: pytest.Capture
     assert "judge needs problems of round 0, which is not there: select it too" in one_line(capsys)
 
 
+def test_deepspeed_is_missed_before_any_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "ds.json"
+    asked = [f"run.root={tmp_path}", f"sft.deepspeed={file}", "cluster.learner_workers=2"]
+    assert main(asked) == 2
+    assert capsys.readouterr().err == f"error: sft.deepspeed: there is no file {file}\n"
+    file.write_text("{}")
+    assert main(asked) == 2
+    assert capsys.readouterr().err == "error: sft.deepspeed: the package deepspeed is not installed\n"
+
+
 def test_a_reward_of_ones_own_is_missed_before_any_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = ["grpo.steps=5", "grpo.reward.custom.mine.function=no_such_module_at_all:f"]
     assert main(["--config", "smoke", f"run.root={tmp_path / 'runs'}", *wanted]) == 2
     assert "grpo.reward.custom.mine: cannot import no_such_module_at_all:f: ModuleNotFoundError" in one_line(capsys)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_full_disk_is_told_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.cli.LEAST_FREE", 1 << 62)
+    assert main(["--config", "smoke", f"run.root={tmp_path}"]) == 1
+    error = one_line(capsys)
+    assert f"the disk of {tmp_path / 'smoke'} is full: " in error and f"{1 << 62:,} are needed" in error
+    assert list((tmp_path / "smoke").iterdir()) == []

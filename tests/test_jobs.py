@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env.packaging import create_package
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -63,3 +66,18 @@ def test_a_job_is_stopped_leaves_no_actor_and_is_continued(cluster: dict[str, st
     assert re.search(r"^ *0  problems +104 +\S+  reused$", log, re.MULTILINE), log
     assert re.search(r"^ *0  base +\S+ +\S+  built$", log, re.MULTILINE), log
     assert (tmp_path / "smoke" / "0" / "base" / "manifest.json").is_file()
+    token = (Path(cluster["HOME"]) / ".ray" / "auth_token").read_text().strip()
+    assert token and token not in log
+    assert [file for file in tmp_path.rglob("*") if file.is_file() and token.encode() in file.read_bytes()] == []
+
+
+def test_the_upload_of_this_checkout_is_small(tmp_path: Path) -> None:
+    """What git does not keep is not sent either: runs, environments and caches."""
+    for folder in ("runs", ".venv", ".git", "build", "pipeline"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file").write_bytes(bytes(1000))
+    shutil.copy(ROOT / ".rayignore", tmp_path)
+    package = tmp_path / "package.zip"
+    create_package(str(tmp_path), package, include_gitignore=True, excludes=["package.zip"])
+    with zipfile.ZipFile(package) as opened:
+        assert [name for name in opened.namelist() if name.endswith("file")] == ["pipeline/file"]

@@ -54,6 +54,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, run(folder).stdout
 
 
+def copied(finished: tuple[Path, str], name: str) -> Path:
+    """The finished run in a folder of its own, for tests whose outputs the others do not want."""
+    folder = finished[0] / name
+    folder.mkdir()
+    subprocess.run(["cp", "-r", str(finished[0] / "smoke"), str(folder)], check=True)
+    return folder
+
+
 def test_every_stage_is_built_and_whole(finished: tuple[Path, str]) -> None:
     folder, output = finished
     assert states(output) == {stage: "built" for _, stage in STEPS}
@@ -190,9 +198,7 @@ def test_second_run_rebuilds_nothing(finished: tuple[Path, str]) -> None:
 
 def test_first_errors_by_rollouts(finished: tuple[Path, str]) -> None:
     """Another method of the judge samples prefixes with the run's own model; only the judge is rebuilt here."""
-    folder = finished[0] / "other"
-    folder.mkdir()
-    subprocess.run(["cp", "-r", str(finished[0] / "smoke"), str(folder)], check=True)
+    folder = copied(finished, "other")
     output = run(folder, "--until", "judge", "judge.method=combined").stdout
     assert states(output)["judge"] == "built" and states(output)["rollouts"] == "reused"
     store = Store(folder / "smoke")
@@ -211,39 +217,39 @@ def test_first_errors_by_rollouts(finished: tuple[Path, str]) -> None:
 
 def test_reinforcement_learning_runs_behind_fine_tuning(finished: tuple[Path, str]) -> None:
     small = ("steps=2", "problems=4", "group=3", "max_tokens=96", "row_tokens=512", "check_problems=8", "check_every=2")
-    output = run(finished[0], "grpo.control=true", *(f"grpo.{one}" for one in small)).stdout
+    folder = copied(finished, "grpo")
+    output = run(folder, "grpo.control=true", *(f"grpo.{one}" for one in small)).stdout
     reused = ("problems", "base", "rollouts", "judge", "traces", "sft")
     assert states(output) == dict.fromkeys(reused, "reused") | dict.fromkeys(("grpo", "evaluate", "report"), "built")
-    store = Store(finished[0] / "smoke")
+    store = Store(folder / "smoke")
     assert store.manifest(1, "grpo").counts == {"rows": 2 * 4 * 3, "steps": 2} | {
         "tokens": store.manifest(1, "grpo").counts["tokens"]
     }
-    metrics = json.loads((finished[0] / "smoke" / "metrics.json").read_text())
+    metrics = json.loads((folder / "smoke" / "metrics.json").read_text())
     models = ["base", "clean_control", "sft", "grpo_control", "grpo"]
     assert list(dict.fromkeys(one["model"] for one in metrics["evaluations"])) == models
     assert {one["after"] for one in metrics["comparisons"]} == {"grpo rewind"}
-    page = (finished[0] / "smoke" / "report.html").read_text()
+    page = (folder / "smoke" / "report.html").read_text()
     assert "round 1, GRPO: reward" in page and "round 1, GRPO of the control: right" in page
     saved = [(store.path(1, "grpo") / part / "model.safetensors").read_bytes() for part in (".", "control")]
     assert saved[0] != saved[1] and saved[0] != (store.path(1, "sft") / "model.safetensors").read_bytes()
-    run(finished[0])  # without it again
 
 
 def test_preferences_run_behind_fine_tuning(finished: tuple[Path, str]) -> None:
     small = ("steps=2", "batch=4", "check_every=1", "check_pairs=8", "probes=8")
-    output = run(finished[0], *(f"dpo.{one}" for one in small)).stdout
+    folder = copied(finished, "dpo")
+    output = run(folder, *(f"dpo.{one}" for one in small)).stdout
     reused = ("problems", "base", "rollouts", "judge", "traces", "sft")
     assert states(output) == dict.fromkeys(reused, "reused") | dict.fromkeys(("dpo", "evaluate", "report"), "built")
-    store = Store(finished[0] / "smoke")
+    store = Store(folder / "smoke")
     counts = store.manifest(1, "dpo").counts
     assert counts["rows"] == sum(counts[f"kind_{kind}"] for kind in ("undo", "step", "keep")) > 0 and counts["steps"] == 2
-    metrics = json.loads((finished[0] / "smoke" / "metrics.json").read_text())
+    metrics = json.loads((folder / "smoke" / "metrics.json").read_text())
     assert list(dict.fromkeys(one["model"] for one in metrics["evaluations"])) == ["base", "clean_control", "sft", "dpo"]
     assert {one["after"] for one in metrics["comparisons"]} == {"dpo rewind"}
-    assert "round 1, preferences: chosen preferred" in (finished[0] / "smoke" / "report.html").read_text()
+    assert "round 1, preferences: chosen preferred" in (folder / "smoke" / "report.html").read_text()
     saved = [(store.path(1, stage) / "model.safetensors").read_bytes() for stage in ("sft", "dpo")]
     assert saved[0] != saved[1]
-    run(finished[0])  # without it again
 
 
 def test_a_second_round_trains_on_the_traces_of_both(finished: tuple[Path, str]) -> None:

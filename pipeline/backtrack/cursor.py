@@ -205,7 +205,7 @@ class Cursor:
         ([0, 0, 1], (5, 1), [2, 7])
 
     Raises:
-        ValueError: the prompt contains U, or the forced ids do while U is forbidden.
+        ValueError: the prompt contains U, the forced ids do while U is forbidden, or an id that the model does not know.
     """
 
     def __init__(self, request: DecodeRequest, decoding: Decoding, vocab_size: int) -> None:
@@ -214,6 +214,10 @@ class Cursor:
             raise ValueError(f"prompt_ids contains the undo token {undo_id}: a prompt is never undone")
         if decoding.mode == "forbidden" and undo_id in request.forced_ids:
             raise ValueError(f"forced_ids contains the undo token {undo_id}, which the mode forbids")
+        for what, ids in (("rule", (undo_id,)), ("prompt_ids", request.prompt_ids), ("forced_ids", request.forced_ids)):
+            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+                wrong = next(token for token in ids if not 0 <= token < vocab_size)
+                raise ValueError(f"{what}: the model has no id {wrong}, its ids are 0 .. {vocab_size - 1}")
         self.finish: Finish | None = None
         """None while it goes on."""
         self._decoding, self._vocab_size = decoding, vocab_size

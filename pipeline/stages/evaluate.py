@@ -107,8 +107,15 @@ def run(context: Context) -> None:
     write_json(metrics, context.out / "metrics.json")
     if not metrics["accepted"]:
         fell = f"dev accuracy fell {in_numbers(metrics['dev'])}"
-        context.terminal.warn(f"round {context.round} is not accepted: {fell}; the next round starts from the old model")
+        context.terminal.warn(
+            f"round {context.round} is not accepted: {fell}; what follows starts from {_origin(context.inputs['model'])} again"
+        )
     context.counts.update(rows=len(rows), models=len(models), problems=len(chosen), probes=len(probes), prompt_too_long=too_long)
+
+
+def _origin(model: Path) -> str:
+    """An accepted model's output folder in words."""
+    return "the base model" if model.name == "base" else f"the model of round {model.parent.name}"
 
 
 def _models(context: Context) -> list[Model]:

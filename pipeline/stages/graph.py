@@ -238,7 +238,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "report",
-        4,
+        5,
         lambda round: (
             _PROBLEMS,
             _BASE,

@@ -97,7 +97,7 @@ def _gather(context: Context, rounds: Iterable[int]) -> dict[str, Any]:
     gathered |= {"evaluations": [], "comparisons": [], "probes": []}
     for round in rounds:
         found = json.loads((context.inputs[f"evaluate-{round}"] / "metrics.json").read_text())
-        gathered["rounds"].append({"round": round, "accepted": found["accepted"], "mode": found["mode"]})
+        gathered["rounds"].append({"round": round} | {key: found[key] for key in ("accepted", "mode", "dev")})
         for name in ("evaluations", "comparisons", "probes"):
             gathered[name] += found[name]
     return gathered

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors.checks import HeldOut, alarms
+from actors.checks import HeldOut, alarms, said
 from actors.learner import Curve
 from actors.packing import TrainingSet
 from actors.workers import curve_json
@@ -31,7 +31,11 @@ def run(context: Context) -> None:
     if not traces:
         raise StageError("sft: the traces stage left no rows")
     codec = Codec(context.inputs["model"], settings.undo, settings.base.prompt)
-    checked = held_out(settings.sft, dev_cases(context, codec, settings.sft.checks.problems)) if settings.sft.checks.every else None
+    checked = None
+    if settings.sft.checks.every and (settings.sft.fsdp is not None or settings.sft.deepspeed is not None):
+        context.terminal.warn("sft: no process sees the whole of a sharded model, so sft.checks has no effect")
+    elif settings.sft.checks.every:
+        checked = held_out(settings.sft, dev_cases(context, codec, settings.sft.checks.problems))
     data = training_set(traces, codec.rule, settings.sft)
     kept = context.resume / "sft"
     curve = train(context, "sft", data, context.out, settings.sft, settings.run.seed, kept, checked)
@@ -85,17 +89,23 @@ def train(
 ) -> Curve:
     """Train the start model on the set, with progress, and warn of what the checks find."""
     told: list[str] = []
+    logged: list[str] = []
     with context.terminal.stage(name, settings.steps, "steps") as progress:
 
-        def show(curve: Curve) -> None:
+        def show(curve: Curve, ended: bool = False) -> None:
             progress.update(curve.step, f"loss {curve.losses[-1][1]:.3f}" if curve.losses else "")
+            # While it runs, a check of the step that it stands at may be under way.
+            checks = said([one for one in curve.probes if ended or one.step < curve.step])
+            for line in checks[len(logged) :]:
+                context.terminal.info(f"{name}: {line}")
+            logged[:] = checks
             lines = alarms(curve.probes, curve.right_states, context.settings.decode.threshold)
             for line in lines[len(told) :]:
                 context.terminal.warn(f"{name}: {line}")
             told[:] = lines
 
         curve = context.workers.fit(start(context), target, data, settings, seed, show, resume=resume, held_out=checked)
-        show(curve)
+        show(curve, ended=True)
     if curve.left_out:
         context.terminal.warn(
             f"{name}: {curve.left_out} of {len(data.traces)} rows are longer than sft.row_tokens and were left out"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import actors.dynamic as dynamic
 from actors.by_hand import loss_by_hand
-from actors.checks import CheckError, Decodes, Graded, HeldOut, HeldOutError, Measured, alarms, masked_share
+from actors.checks import CheckError, Decodes, Graded, HeldOut, HeldOutError, Measured, alarms, masked_share, said
 from actors.learner import Curve, TrainingError, TreeTrainer, fit
 from actors.packing import TrainingSet, collate, examples_of
 from actors.probe import ProbeRow
@@ -262,3 +262,22 @@ def test_alarms(before: list[float], now: list[float], half: float, threshold: f
 
 def test_alarms_of_a_curve_without_probes() -> None:
     assert alarms([], [], 0.7) == []
+
+
+def test_every_check_is_a_line() -> None:
+    at = [(0, "all", "p_undo_right", 0.01), (0, "batch", "loss", 2.0), (0, "all", "p_undo_error", 0.02)]
+    later = [(0, "forward", "accuracy", 0.9)]
+    later += [(300, "all", "p_undo_error", 0.5), (300, "all", "logp_error", -2.25), (300, "hindsight", "p_undo_error", 0.7)]
+    probes = [Measured(step, group, name, value, None, None, 9) for step, group, name, value in (*at, *later)]
+    assert said(probes) == [
+        "step 0: P(undo | own error) 0.020, P(undo | right) 0.010",
+        "step 300: P(undo | own error) 0.500, log p(error) -2.250",
+    ]
+    assert said([one for one in probes if one.group == "batch"]) == said([]) == []
+
+
+def test_alarms_of_a_check_that_is_under_way() -> None:
+    """The driver polls a training, which may stand between its states and their means."""
+    probes = [Measured(step, "all", "p_undo_right", value, 0.0, 1.0, 2) for step, value in ((0, 0.0), (50, 0.9))]
+    states = [(0, (0.0, 0.0)), (50, (0.9, 0.9)), (100, (0.9, 0.9))]
+    assert alarms(probes, states, 0.7) == alarms(probes, states[:2], 0.7) != []

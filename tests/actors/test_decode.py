@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from actors.decode import HfDecoder
-from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding, Mode, Signal
+from actors.decode import HfDecoder, _Row, choose
+from pipeline.backtrack.cursor import Cursor, Decoded, DecodeRequest, Decoding, Mode, Signal
 from pipeline.backtrack.layout import rewind, soft
 from pipeline.backtrack.tree import Rewinding, Walk, grow
 from pipeline.backtrack.undo import Unit, apply_undo
@@ -237,6 +238,33 @@ def test_what_cannot_be_decoded_is_refused() -> None:
         HfDecoder(model_of("llama", torch.float64, "eager"), 3, 50)
     with pytest.raises(ValueError, match="prompt_ids contains the undo token 7"):
         HfDecoder(model_of("llama"), 3, 50).decode([DecodeRequest((U,), 0)], decoding)
+    recurrent = tiny_model("qwen2")
+    recurrent.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match="layers of kind linear_attention, which keep nothing that a rewind could shorten"):
+        HfDecoder(recurrent, 3, 50)
+
+
+@pytest.mark.parametrize("way", WAYS[:7], ids=" ".join)
+def test_the_same_as_one_row_whose_dynamic_cache_is_cropped(way: tuple[Mode, Unit, Rewinding]) -> None:
+    """transformers' own cache: a rewind crops it, and what it still holds is not computed again."""
+    decoding, model = decoding_of(*way, threshold=0.05), model_of("llama")
+    found = HfDecoder(model, 3, 80).decode(requests(), decoding)
+    cropped = 0
+    for request, one in zip(requests(), found, strict=True):
+        cursor, cache = Cursor(request, decoding, VOCABULARY), DynamicCache()
+        row = _Row(0, cursor, [], None)
+        while cursor.finish is None:
+            new = cursor.visible[cache.get_seq_length() :]
+            with torch.inference_mode():
+                logits_BV = model(input_ids=torch.tensor([new]), past_key_values=cache, use_cache=True).logits[:, -1]
+            choice = choose(logits_BV, [row], decoding)
+            cursor.take(int(choice.ids[0]), float(choice.logprobs[0]), float(choice.alternatives[0]))
+            if (gone := cache.get_seq_length() + 1 - cursor.length) > 0:
+                cache.crop(-gone)  # all but the last id that stands, which is fed again: its logits say what comes next
+                cropped += 1
+        assert replace(cursor.result(), logprobs=()) == replace(one, logprobs=())
+        assert cursor.result().logprobs == pytest.approx(one.logprobs, abs=1e-9)
+    assert (cropped > 6) == (way[0] == "rewind")
 
 
 @pytest.mark.parametrize(("name", "way"), [("llama", WAYS[0]), ("qwen2", WAYS[5]), ("gpt2", GUIDED[1])])

@@ -195,6 +195,25 @@ def test_bad_input_is_one_line(folder: Path, arguments: list[str], said: str) ->
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and said in err, err
 
 
+def test_a_damaged_folder_is_one_line(folder: Path, tmp_path: Path) -> None:
+    weights = (folder / "model.safetensors").read_bytes()
+    for name, content in (("cut", weights[:2000]), ("no weights", b"no weights at all"), ("empty", b"")):
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+        code, out, err = run(tmp_path / name, "a")
+        assert (code, out) == (2, "") and err.count("\n") == 1 and f"{tmp_path / name} cannot be loaded" in err, err
+
+
+def test_a_tokenizer_of_another_model_is_one_line(folder: Path, tmp_path: Path) -> None:
+    """It knows the undo token, by an id for which the model has no row."""
+    shutil.copytree(folder, tmp_path / "other")
+    larger = byte_level("<first>")
+    larger.add_tokens([UNDO], special_tokens=True)
+    larger.save_pretrained(tmp_path / "other")
+    code, out, err = run(tmp_path / "other", "a")
+    assert (code, out) == (2, "") and "the model has no id 262, its ids are 0 .. 261" in err and err.count("\n") == 1, err
+
+
 def test_bad_options_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for bad in (["--mode", "never", "a"], ["--threshold", "much", "a"], []):
         with pytest.raises(SystemExit) as ended:

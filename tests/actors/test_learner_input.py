@@ -15,7 +15,7 @@ from pipeline.backtrack.undo import UndoRule
 from pipeline.config import RunSettings, Settings, SftSettings
 from pipeline.runner import Pipeline, Selection
 from pipeline.telemetry import Terminal
-from tests.actors.trained import prepared, thirty_traces
+from tests.actors.trained import content, prepared, thirty_traces
 
 SMALL = SftSettings(steps=4, rows=2, row_tokens=64, log_every=1)
 
@@ -59,6 +59,34 @@ def test_checkpoints_of_another_configuration_are_not_gone_on_from(tmp_path: Pat
 
     assert kept(Selection()) == {"mine"}
     assert kept(Selection(force=True)) == set()
+
+
+def test_checkpoints_of_another_training_are_refused(source: Path, tmp_path: Path) -> None:
+    """Whoever calls the learner with a folder of their own: by setting, by seed, by data; also where that training has ended."""
+    data, kept = thirty_traces(source), tmp_path / "kept"
+    settings = SMALL.model_copy(update={"checkpoint_every": 2})
+    fit(source, tmp_path / "first", data, settings, 0, Curve(), resume=kept)
+    other = settings.model_copy(update={"lr": 0.5})
+    for asked, seed, given, said in (
+        (other, 0, data, "lr was 0.001, is 0.5"),
+        (settings, 7, data, "seed was 0, is 7"),
+        (settings, 0, replace(data, traces=data.traces[:20]), "traces was 30, is 20"),
+    ):
+        with pytest.raises(TrainingError) as caught:
+            fit(source, tmp_path / "target", given, asked, seed, Curve(), resume=kept)
+        assert str(caught.value) == f"the checkpoints in {kept} are of another training: {said}"
+        assert not (tmp_path / "target").exists()
+    fit(source, tmp_path / "again", data, settings.model_copy(update={"checkpoint_every": 3}), 0, Curve(), resume=kept)
+    assert content(tmp_path / "again") == content(tmp_path / "first")
+
+
+def test_a_model_that_cannot_be_trained_that_way_is_one_line(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_lora(*_: Any) -> Any:
+        raise ValueError("a head with a bias cannot be trained by rows: peft leaves the bias out")
+
+    monkeypatch.setattr("actors.learner.prepare", no_lora)
+    with pytest.raises(TrainingError, match=rf"^the model of {source} cannot be trained: a head with a bias"):
+        fit(source, tmp_path / "target", thirty_traces(source), SMALL, 0, Curve())
 
 
 def test_one_graph_serves_batches_with_any_number_of_targets(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

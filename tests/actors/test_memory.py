@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import RayTaskError
 from transformers import LlamaForCausalLM
 
+from actors.cluster import ClusterError
 from actors.learner import Curve, TrainingError, TreeTrainer, fit
 from actors.memory import how_to_save, out_of_memory
+from actors.workers import Workers
 from pipeline.backtrack.targets import Form
-from pipeline.config import BaseTraining, SftSettings
+from pipeline.config import BaseTraining, Settings, SftSettings
 from tests.actors.trained import prepared, thirty_traces, weights
 
 COMMON: dict[str, Any] = {"steps": 4, "rows": 4, "row_tokens": 64, "lr": 1e-2, "log_every": 1}
@@ -138,6 +141,21 @@ def test_the_real_allocator_is_understood() -> None:
         raise ValueError("within another library") from caught.value
     except ValueError as wrapped:
         assert out_of_memory(wrapped)
+
+
+def test_a_learner_that_decodes_says_how_to_save_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training has said at which step, and by which settings, before it comes here."""
+    workers = Workers(Settings.model_validate({"engine": {"max_num_seqs": 96}}), tmp_path, print)
+    told = TrainingError("out of memory at step 3: lower sft.rows")
+    for cause, wanted, said in (
+        (SAID[0], ClusterError, r"^the learner is out of memory: lower engine\.max_num_seqs \(now 96\)$"),
+        (told, TrainingError, "^out of memory at step 3: lower sft.rows$"),
+        (KeyError("x"), KeyError, "x"),
+    ):
+        failed = RayTaskError("decode", "its traceback", cause)
+        monkeypatch.setattr("actors.workers.ray.get", lambda ref, failed=failed: (_ for _ in ()).throw(failed))
+        with pytest.raises(wanted, match=said):
+            workers._get(None)
 
 
 def test_other_errors_are_not_taken_for_it(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

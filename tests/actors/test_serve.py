@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from actors.serve import main
 from actors.service import EngineDied, Service
 from actors.streaming import text_of
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
+from pipeline.config import SignalSettings
 from tests.actors.readers import CONTEXT, UNDO, save_model
 from tests.pipeline.tiny import rule, tiny_model
 
@@ -211,6 +213,22 @@ def test_other_bad_requests(running: Running) -> None:
     assert [card.id for card in running.client.models.list()] == ["tiny"]
     with pytest.raises(openai.NotFoundError):
         running.client.models.retrieve("other")
+
+
+def test_what_the_engine_alone_can_refuse_is_a_bad_request(running: Running) -> None:
+    """Guided by a verifier that the model's folder names and does not have."""
+    settings = running.saved.settings.model_copy(update={"signal": SignalSettings(kind="score", threshold=0.5)})
+    app = application(replace(running.saved, settings=settings), running.service, "tiny", CONTEXT)
+    asked = {"prompt": "a", "retract": {"mode": "guided"}}
+
+    async def ask(**more: Any) -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+            return await client.post("/v1/completions", json=asked | more, timeout=60)
+
+    whole, streamed = asyncio.run(ask()), asyncio.run(ask(stream=True))
+    assert whole.status_code == 400 and "has no verifier_head" in whole.json()["error"]["message"]
+    assert json.loads(streamed.text.removeprefix("data: ")) == whole.json()
+    assert running.idle()
 
 
 def test_who_goes_is_not_decoded_for(running: Running) -> None:

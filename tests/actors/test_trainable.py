@@ -184,6 +184,8 @@ def test_a_saved_folder_gives_the_trained_logits(make: Make, what: Any, spare: i
     assert again.config.tie_word_embeddings == (inputs is outputs) == base.config.tie_word_embeddings
     assert again.config.vocab_size == len(inputs) == len(base.get_input_embeddings().weight)
     assert AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids(U) == undo_id
+    kept, wanted_config = again.generation_config, base.generation_config
+    assert (kept.eos_token_id, kept.pad_token_id) == (wanted_config.eos_token_id, wanted_config.pad_token_id) == (1, 0)
     assert not (tmp_path / "adapter_config.json").exists()
     assert (tmp_path / "adapter").exists() == (what == "lora")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ from pipeline.settings_file import ConfigError, dump_settings, load_settings
 from pipeline.task_config import SyntheticTask
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+# configs/cluster holds files for other programs.
+CONFIGS = sorted(set((REPOSITORY / "configs").rglob("*.yaml")) - set((REPOSITORY / "configs" / "cluster").iterdir()))
 SECTIONS = (
     "run, task, undo, base, engine, cluster, rollouts, judge, traces, sft, search, prm, dpo, grpo, decode, evaluate, experiment, "
     "report"
@@ -112,7 +114,12 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
         ("sft: {lr: 2}", [], "sft.lr (set in FILE): should be less than or equal to 1, not 2"),
         ("", ["rollouts.samples=0"], "rollouts.samples (set in the command line): should be greater than or equal to 1, not 0"),
         ("run: {name: ../up}", [], "run.name (set in FILE): String should match pattern"),
-        ("base: {prompt: hello}", [], "base.prompt (set in FILE): must hold {question} exactly once, not 'hello'"),
+        (
+            "base: {prompt: hello}",
+            [],
+            "base.prompt (set in FILE): must hold {question} exactly once, and other braces doubled, not 'hello'",
+        ),
+        ('base: {prompt: "{question} {x}"}', [], "base.prompt (set in FILE): must hold {question} exactly once, and other braces"),
         ("base: {scratch: {width: 100}}", [], "base.scratch (set in FILE): width must be a multiple of 2 x heads (8), is 100"),
         ("task: {steps: [9, 3]}", [], "task (set in FILE): steps must be [fewest, most]"),
         ("task: {name: countdown, numbers: 2}", [], "task.numbers (set in FILE): should be greater than or equal to 3, not 2"),
@@ -245,6 +252,17 @@ def test_shipped_configurations_load_and_come_back(file: Path, tmp_path: Path) -
     found = load_settings(file)
     (tmp_path / "again.yaml").write_text(dump_settings(found))
     assert load_settings(tmp_path / "again.yaml") == found
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_configuration_for_more_than_a_laptop_says_what_it_needs(file: Path) -> None:
+    cluster = load_settings(file).cluster
+    parts = [(cluster.rollout_actors, cluster.rollout), (cluster.learner_workers, cluster.learner), (1, cluster.judge)]
+    cpus, gpus = (sum(count * getattr(part, key) for count, part in parts) for key in ("cpus", "gpus"))
+    header = "".join(line for line in file.read_text().splitlines() if line.startswith("#"))
+    said = re.search(r"Needs (\d+) CPUs?(?: and (\d+) GPUs?)?\.", header)
+    assert header and (said is not None or (cpus, gpus) == (2, 0))
+    assert said is None or (float(said[1]), float(said[2] or 0)) == (cpus, gpus)
 
 
 texts = st.text(st.characters(codec="utf-8", exclude_characters="$", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)

@@ -335,3 +335,11 @@ def test_a_wrong_request_is_named() -> None:
         Cursor(DecodeRequest((1, U), 0), PLAIN, SIZE)
     with pytest.raises(ValueError, match="forced_ids contains the undo token 5, which the mode forbids"):
         Cursor(DecodeRequest((1,), 0, (U,)), replace(PLAIN, mode="forbidden"), SIZE)
+    for request, decoding, said in (
+        (DecodeRequest((1, SIZE), 0), PLAIN, f"prompt_ids: the model has no id {SIZE}, its ids are 0 .. {SIZE - 1}"),
+        (DecodeRequest((-1, 1), 0), PLAIN, "prompt_ids: the model has no id -1"),
+        (DecodeRequest((1,), 0, (1, 99)), PLAIN, "forced_ids: the model has no id 99"),
+        (DecodeRequest((1,), 0), replace(PLAIN, rule=UndoRule(SIZE)), f"rule: the model has no id {SIZE}"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Cursor(request, decoding, SIZE)

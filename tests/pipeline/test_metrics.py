@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.metrics import Evaluated, Probed, acceptance, in_numbers, summarise, tokens_table
+from pipeline.metrics import Evaluated, Probed, acceptance, in_numbers, rounds_table, summarise, tokens_table
 from pipeline.statistics import auroc, paired, share
 
 scores = st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), max_size=12)
@@ -238,3 +238,17 @@ def test_a_fall_is_told_from_chance_by_mcnemar(p: float, yes: bool) -> None:
     assert found["accepted"] is yes
     assert in_numbers(found["dev"]) == "from 0.600 to 0.100 (n 10, McNemar p 0.12)"
     assert acceptance([], "rewind", p) == {"accepted": True, "dev": None}
+
+
+def test_rounds_side_by_side_say_from_which_model_each_started() -> None:
+    dev = {"before": 0.5, "after": 0.25, "mcnemar_p": 0.0312}
+    rounds = [(1, {"accepted": True, "dev": dev}), (2, {"accepted": False, "dev": dev}), (3, {"accepted": True, "dev": None})]
+    lines = rounds_table(rounds)
+    assert lines[0].split() == ["round", "starts", "from", "dev", "before", "after", "p", "accepted"]
+    assert [line.split(maxsplit=1)[1] for line in lines[1:]] == [
+        "base              0.500   0.250  0.031  yes",
+        "round 1           0.500   0.250  0.031  no, it fell",
+        "round 1               -       -      -  yes",
+    ]
+    assert len({line.rindex("  ") for line in (lines[0], lines[1], lines[3])}) == 1
+    assert rounds_table(rounds[:1]) == []

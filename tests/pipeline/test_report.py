@@ -197,10 +197,12 @@ class TestPage:
     def test_two_rounds_stand_in_one_table(self) -> None:
         first, second = (summarise(evaluated(), probed(), round, "rewind") for round in (1, 2))
         both = {name: first[name] + second[name] for name in first}
-        rounds = [{"round": round, "accepted": round == 2, "mode": "rewind"} for round in (1, 2)]
+        dev = {"before": 0.625, "after": 0.375, "mcnemar_p": 0.125}
+        rounds = [{"round": round, "accepted": round == 2, "mode": "rewind", "dev": dev} for round in (1, 2)]
         html = render(replace(page(), metrics={"run": "made", "rounds": rounds, **both}))
         assert "Round by round" in html and "fell: not accepted" in html
         parsed(html)
+        assert html.count("<td>62.5\u00a0%</td><td>37.5\u00a0%</td><td>0.125</td>") == 2
 
     def test_another_temperature_has_a_part_of_its_own(self) -> None:
         hot = [

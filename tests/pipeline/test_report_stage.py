@@ -103,7 +103,10 @@ def stage_inputs(folder: Path, settings: Settings) -> dict[str, Path]:
     write_json([{"filter": "length", "source": "self", "count": 4}], folder / "traces" / "removed.json")
     (folder / "sft").mkdir()
     write_json({"losses": [[5, 0.5]], "checks": [], "step": 5, "tokens": 80}, folder / "sft" / "curve.json")
-    write_json(summarise(done, probed(), 1, "rewind") | {"accepted": True, "mode": "rewind"}, folder / "evaluate" / "metrics.json")
+    write_json(
+        summarise(done, probed(), 1, "rewind") | {"accepted": True, "mode": "rewind", "dev": None},
+        folder / "evaluate" / "metrics.json",
+    )
     return found
 
 
@@ -142,7 +145,7 @@ class TestStage:
         assert "12 &lt;b&gt;apples&lt;/b&gt; &amp; buys" in html
         assert "&lt;|end|&gt;" not in html
         found = json.loads((folder / "out" / "metrics.json").read_text())
-        assert found["run"] == "tiny" and found["rounds"] == [{"round": 1, "accepted": True, "mode": "rewind"}]
+        assert found["run"] == "tiny" and found["rounds"] == [{"round": 1, "accepted": True, "mode": "rewind", "dev": None}]
         assert {row["model"] for row in found["evaluations"]} == {"base", "clean_control", "sft"}
         assert found["counts"]["problems"] == {"train": 2, "dev": 2, "test": 2}
 

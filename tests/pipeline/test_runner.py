@@ -12,6 +12,7 @@ from pipeline.cli import main
 from pipeline.config import RunSettings, Settings
 from pipeline.runner import Pipeline, Selection
 from pipeline.stages.graph import steps
+from pipeline.store import Store
 from pipeline.telemetry import Terminal
 
 
@@ -71,6 +72,26 @@ def test_a_plan_knows_no_end_of_a_round_that_is_still_to_run(tmp_path: Path) -> 
     for rebuilt, last in ((set[tuple[int, str]](), 1), ({(1, "evaluate")}, 2)):
         planned = list(Pipeline(settings, tmp_path, Selection(), Said())._steps(rebuilt))
         assert planned[-1][0] == last and planned[-1][1].name == "report"
+
+
+def test_the_exported_model_has_the_adapter_of_lora_beside_it(tmp_path: Path) -> None:
+    """Weights, adapter, card; not the control, the curve or the manifest."""
+    store = Store(tmp_path)
+    outputs: dict[str, dict[str, str]] = {
+        "sft": {"model.safetensors": "w", "curve.json": "{}", "adapter/adapter_model.safetensors": "a", "control/config.json": ""},
+        "evaluate": {"metrics.json": '{"accepted": true}'},
+        "report": {"report.html": "page", "metrics.json": "{}", "README.md": "card", "retract.json": "{}"},
+    }
+    for stage, files in outputs.items():
+        with store.write(1, stage, key="k", settings={}, inputs={}, seed=0) as draft:
+            for name, content in files.items():
+                (draft.path / name).parent.mkdir(exist_ok=True)
+                (draft.path / name).write_text(content)
+    pipeline = Pipeline(Settings(run=RunSettings(name="a")), tmp_path, Selection(), Said())
+    assert pipeline.publish() == tmp_path / "report.html"
+    model = tmp_path / "model"
+    found = {str(file.relative_to(model)) for file in model.rglob("*") if file.is_file()}
+    assert found == {"model.safetensors", "adapter/adapter_model.safetensors", "README.md", "retract.json"}
 
 
 def test_from_round_leaves_what_is_before() -> None:

@@ -156,6 +156,21 @@ def test_traces_are_taught_as_the_settings_say(tmp_path: Path, with_undo: Path, 
     assert {role for trace in control.traces for role in trace.roles} == {Role.PROMPT, Role.CORRECTION}
 
 
+def test_a_sharded_training_is_not_checked_and_says_so(
+    tmp_path: Path, with_undo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before own errors are sampled for nothing: there are no problems here to sample them on."""
+    write_rows([trace_row(1)], FEATURES, tmp_path / "traces")
+    Trained(monkeypatch)
+    asked = {"sft": {"control": False, "fsdp": {}}, "cluster": {"learner_workers": 2}}
+    warnings: list[str] = []
+    some = context(with_undo, warnings, **asked)
+    some.inputs["traces-1"] = tmp_path / "traces"
+    some.round, some.out, some.resume, some.counts = 1, tmp_path, tmp_path, {}
+    sft.run(some)
+    assert warnings == ["sft: no process sees the whole of a sharded model, so sft.checks has no effect"]
+
+
 @pytest.mark.parametrize("rows", [[], [{"a": "x", "b": [1, 2]}]], ids=["none", "one"])
 def test_rows_come_back_as_they_were_written(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     features = Features({"a": Value("string"), "b": List(Value("int32"))})

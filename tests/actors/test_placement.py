@@ -1,0 +1,107 @@
+"""What is said of a cluster that cannot hold the actors: the sum, a single actor, one kind, others' jobs; and of unlike nodes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from actors.nodes import LEAST_FREE, Facts, code_digest, differences
+from actors.placement import Node, asks_of, bundles_of, missing, taken
+from pipeline.cluster_config import ClusterSettings
+
+
+def asked(**settings: object) -> ClusterSettings:
+    return ClusterSettings.model_validate(settings)
+
+
+def node(name: str, cpus: float, gpus: float = 0, free: float = 1.0) -> Node:
+    return Node(name, cpus, gpus, cpus * free, gpus * free)
+
+
+def test_the_smallest_machine_holds_the_defaults() -> None:
+    asks = asks_of(ClusterSettings())
+    assert missing(asks, [node("a", 2)]) is None
+    assert bundles_of(asks) == [{"CPU": 1.0}, {"CPU": 0.5}, {"CPU": 0.5}]
+
+
+def test_too_few_in_sum_names_all_three_settings() -> None:
+    said = missing(asks_of(asked(rollout_actors=4)), [node("a", 2), node("b", 2)])
+    assert said == (
+        "the cluster has 4 CPUs, but 4 rollout actors (cluster.rollout.cpus) beside the learner (cluster.learner.cpus) and "
+        "a judge (cluster.judge.cpus) need 5; lower these settings"
+    )
+
+
+def test_gpus_that_are_not_there() -> None:
+    said = missing(asks_of(asked(rollout={"gpus": 1.0})), [node("a", 8)])
+    assert said and said.startswith("the cluster has 0 GPUs, but 1 rollout actor (cluster.rollout.gpus)") and "need 1;" in said
+
+
+def test_no_single_node_can_hold_what_the_sum_can() -> None:
+    said = missing(asks_of(asked(rollout={"gpus": 2.0, "cpus": 1.0})), [node("a", 4, 1), node("b", 4, 1)])
+    assert said == (
+        "a rollout actor (cluster.rollout) needs 1 CPUs and 2 GPUs on one node, and no node has them: "
+        "a 4 CPUs and 1 GPUs, free 4 CPUs and 1 GPUs; b 4 CPUs and 1 GPUs, free 4 CPUs and 1 GPUs"
+    )
+
+
+def test_room_for_some_of_a_kind() -> None:
+    said = missing(asks_of(asked(rollout_actors=3, rollout={"gpus": 2.0})), [node("a", 8, 3), node("b", 8, 3)])
+    assert said and "3 rollout actors (cluster.rollout)" in said and "the nodes have room for 2: " in said
+
+
+def test_shares_of_a_gpu_add_up_without_rounding_errors() -> None:
+    tenths = asked(rollout_actors=10, rollout={"gpus": 0.1, "cpus": 0.1}, learner={"cpus": 0.5}, judge={"cpus": 0.5})
+    assert missing(asks_of(tenths), [node("a", 2, 1)]) is None
+
+
+def test_what_other_jobs_hold() -> None:
+    asks = asks_of(asked(rollout_actors=2, rollout={"gpus": 1.0}))
+    nodes = [node("a", 4, 1), node("b", 4, 1, free=0)]
+    assert missing(asks, nodes) is None
+    assert taken(asks, nodes) == "2 GPUs are needed, and 1 of the cluster's 2 are free: other jobs hold the rest"
+
+
+def test_pieces_that_do_not_fit_beside_one_another() -> None:
+    asks = asks_of(asked(rollout={"cpus": 3.0}, learner={"cpus": 2.0}, judge={"cpus": 0.5}))
+    nodes = [Node("a", 3, 0, 3, 0), Node("b", 3, 0, 2.5, 0)]
+    assert missing(asks, nodes) is None
+    assert taken(asks, [replace(nodes[0], free_cpus=3.5), nodes[1]]).startswith("no way was found to place 1 rollout actor, the")
+
+
+HERE = Facts({"Python": "3.11.9", "torch": "2.13.0", "retract's code": "abc"}, LEAST_FREE, True)
+
+
+def test_like_nodes_pass() -> None:
+    assert differences(HERE, [("a", HERE), ("b", HERE)], "/runs") is None
+
+
+def test_another_version_is_named_with_its_node() -> None:
+    other = replace(HERE, versions={**HERE.versions, "torch": "2.12.1", "retract's code": "fff"})
+    assert differences(HERE, [("a", HERE), ("b", other), ("c", other)], None) == (
+        "node b does not run what the driver runs: torch 2.12.1 (driver: 2.13.0), retract's code fff (driver: abc) "
+        "(and 1 more nodes)"
+    )
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"sees": False}, "node b cannot see /runs: run.root must lie on a disk that all nodes share"),
+        ({"free": 7}, f"the disk of node b is full: 7 bytes are free for Ray's session, {LEAST_FREE:,} are needed"),
+    ],
+)
+def test_a_node_with_a_disk_of_its_own_or_a_full_one(change: dict[str, object], said: str) -> None:
+    assert differences(HERE, [("a", HERE), ("b", replace(HERE, **change))], "/runs") == said  # type: ignore[arg-type]
+
+
+def test_the_code_digest_is_that_of_the_text(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    for name in ("pipeline", "actors"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").write_text("1")
+    before = code_digest(tmp_path)
+    (tmp_path / "actors" / "notes.txt").write_text("no code")
+    assert code_digest(tmp_path) == before
+    (tmp_path / "actors" / "a.py").write_text("2")
+    assert code_digest(tmp_path) != before

@@ -1,0 +1,124 @@
+"""Two Ray nodes on one host: actors spread over both, and what is said when a cluster cannot be worked with."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.state import list_actors
+
+from pipeline.store import Store
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+SECRET = "hf_keepthistoyourself"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head and a second node with a CPU each. All of its processes have a token in their environment."""
+    os.environ["HF_TOKEN"] = SECRET
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": port, "node_name": "head"}
+    found = Cluster(initialize_head=True, head_node_args=head)
+    found.add_node(num_cpus=1, node_name="second")
+    yield found
+    found.shutdown()
+    del os.environ["HF_TOKEN"]
+
+
+def run(cluster: Cluster, folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "run.py"), "--config", "smoke", f"run.root={folder}", *arguments]
+    env = {**os.environ, "RAY_ADDRESS": cluster.address, **more}
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=folder, env=env)
+
+
+def session(cluster: Cluster) -> Path:
+    """Where Ray's own logs of both nodes are."""
+    return Path(cluster.head_node.get_logs_dir_path())
+
+
+def error_of(done: subprocess.CompletedProcess[str]) -> str:
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(lines) == 1, done.stdout + done.stderr
+    return lines[0]
+
+
+def test_rollout_actors_of_one_run_work_on_both_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    small = ["base.train.steps=2", "base.train.check_every=2", "engine.kind=hf", "rollouts.batch=8", "rollouts.max_tokens=16"]
+    # Two of these engines have no room on one node.
+    parts = ["cluster.rollout.cpus=0.75", "cluster.learner.cpus=0.25", "cluster.judge.cpus=0.25"]
+    done = run(cluster, tmp_path, "--until", "rollouts", "cluster.rollout_actors=2", *parts, *small)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Store(tmp_path / "smoke").manifest(1, "rollouts").counts["rows"] == 128  # type: ignore[union-attr]
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    try:
+        actors = [one for one in list_actors(detail=True) if one["class_name"] == "_Rollout"]
+    finally:
+        ray.shutdown()
+    assert len(actors) == 2 and len({one["node_id"] for one in actors}) == 2
+    assert cluster.webui_url.startswith("127.0.0.1:")
+    written = [file for folder in (tmp_path, session(cluster)) for file in folder.rglob("*") if file.is_file()]
+    assert any(file.name == "config.yaml" for file in written) and any(file.name == "gcs_server.out" for file in written)
+    assert [file for file in written if SECRET.encode() in file.read_bytes()] == []
+    assert SECRET not in done.stdout + done.stderr
+    assert all((tmp_path / "smoke" / "logs" / f"rollout-{number}.log").is_file() for number in (0, 1))
+
+
+def test_what_the_cluster_lacks_is_said_and_not_awaited_for_ever(cluster: Cluster, tmp_path: Path) -> None:
+    done = run(cluster, tmp_path, "cluster.place_timeout=3", "cluster.rollout.gpus=1")
+    error = error_of(done)
+    assert "the cluster has 0 GPUs, but 1 rollout actor (cluster.rollout.gpus) beside" in error
+    assert "(waited cluster.place_timeout=3 s)" in error and "waiting up to cluster.place_timeout=3 s: " in done.stdout
+    assert not (tmp_path / "smoke" / "0" / "base").exists()
+
+
+def test_cpus_that_another_job_holds(cluster: Cluster, tmp_path: Path) -> None:
+    hold = (
+        "import ray, sys\n"
+        "ray.init(logging_level='ERROR')\n"
+        "group = ray.util.placement_group([{'CPU': 1}])\n"
+        "assert group.wait(60)\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    env = {**os.environ, "RAY_ADDRESS": cluster.address}
+    command = [sys.executable, "-c", hold]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        try:
+            error = error_of(run(cluster, tmp_path, "cluster.place_timeout=3"))
+        finally:
+            other.communicate("")
+    assert "2 CPUs are needed, and 1 of the cluster's 2 are free: other jobs hold the rest" in error
+
+
+def test_a_driver_with_other_code_than_the_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    """Nodes import from where PYTHONPATH says first; a job's upload and a stale checkout on a node part in the same way."""
+    code = (
+        "import sys, json\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from actors import nodes\n"
+        "from actors.cluster import ray_session\n"
+        "from actors.placement import ClusterError\n"
+        "from pipeline.cluster_config import ClusterSettings\n"
+        "nodes.code_digest = lambda root: '0' * 64\n"
+        "try:\n"
+        "    with ray_session(ClusterSettings()): print(json.dumps('joined'))\n"
+        "except ClusterError as error: print(json.dumps(str(error)))\n"
+    )
+    env = {**os.environ, "RAY_ADDRESS": cluster.address}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path)
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert "does not run what the driver runs: retract's code " in said and "(driver: 000000000000)" in said, done.stderr
