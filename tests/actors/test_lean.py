@@ -77,7 +77,8 @@ def test_what_it_does_not_know_keeps_its_own_forward() -> None:
 
 def test_the_head_is_called_with_what_it_reads() -> None:
     """Verifier heads hook it."""
-    model, seen = MODELS["llama"](), []
+    model = MODELS["llama"]()
+    seen: list[torch.Tensor] = []
     decoder, decoding = HfDecoder(model, 2, 64), Decoding("forbidden", 0.0, 1.0, 3, 0, rule("token"))
     model.get_output_embeddings().register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     for short in (True, False):
