@@ -93,7 +93,7 @@ def _step(model: Any, cache: RaggedCache, rows: list[Row], sampling: Sampling, s
         ids_B = logits_BV.argmax(-1)
     else:
         uniforms_B = torch.tensor([row.uniforms[len(row.ids)] for row in rows], dtype=torch.float64, device=logits_BV.device)
-        ids_B = sample(logits_BV / sampling.temperature, uniforms_B, sampling.top_p)
+        ids_B = sample((logits_BV / sampling.temperature).softmax(-1), uniforms_B, sampling.top_p)
     if sampling.logprobs:
         for row, logprob in zip(rows, named.gather(1, ids_B.unsqueeze(1)).squeeze(1).tolist(), strict=True):
             row.logprobs.append(logprob)

@@ -265,28 +265,29 @@ def choose(logits_BV: Tensor, rows: Sequence[_Row], decoding: Decoding) -> Choic
     """The next id of every row: forced, U by the threshold or the signal, or the model's choice without the bans."""
     device = logits_BV.device
     logits_BV, picked = restrict(logits_BV, [row.cursor for row in rows], decoding)
-    norm_B = logits_BV.logsumexp(-1)
-
+    logprobs_BV = logits_BV.log_softmax(-1)
     if decoding.temperature == 0:
         ids_B = logits_BV.argmax(-1)
     else:
         uniforms = [row.uniforms[row.cursor.emitted][row.cursor.in_run] for row in rows]
         uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=device)
-        ids_B = sample(logits_BV / decoding.temperature, uniforms_B, decoding.top_p)
+        warm = decoding.temperature != 1
+        probs_BV = (logits_BV / decoding.temperature).softmax(-1) if warm else logprobs_BV.exp()
+        ids_B = sample(probs_BV, uniforms_B, decoding.top_p)
     picked_B = torch.tensor(picked, device=device)
     ids_B = torch.where(picked_B < 0, ids_B, picked_B)
-    logprobs_B = logits_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1) - norm_B
+    logprobs_B = logprobs_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1)
     alternatives_B = torch.full_like(logprobs_B, -torch.inf)
     if decoding.weighs_paths:
-        others_BV = logits_BV.scatter(1, ids_B.unsqueeze(1), -torch.inf)
+        others_BV = logprobs_BV.scatter(1, ids_B.unsqueeze(1), -torch.inf)
         others_BV[:, decoding.rule.undo_id] = -torch.inf
-        alternatives_B = others_BV.amax(-1) - norm_B
+        alternatives_B = others_BV.amax(-1)
     return Choices(ids_B, logprobs_B, alternatives_B, logits_BV)
 
 
-def sample(logits_BV: Tensor, uniforms_B: Tensor, top_p: float) -> Tensor:
+def sample(probs_BV: Tensor, uniforms_B: Tensor, top_p: float) -> Tensor:
     """[rows] The id in whose part of the cumulated distribution the row's number in 0 .. 1 falls."""
-    probs_BV, order_BV = logits_BV.softmax(-1), None
+    order_BV = None
     if top_p < 1:
         probs_BV, order_BV = probs_BV.sort(stable=True, dim=-1, descending=True)
         # The fewest ids that together have top_p: an id goes when those before it have as much.

@@ -115,28 +115,44 @@ def trees(
         ValueError: a single rollout is longer.
     """
 
-    def grown(numbers: list[int]) -> Tree:
-        return policy.grown([rollouts[number].walk for number in numbers]), numbers
+    def size_of(some: list[tuple[int, int]]) -> int:
+        """At most so many tokens has their tree; only ids that come again behind an undo make it smaller."""
+        number, _ = some[0]
+        first = len(rollouts[number].walk.prompt) + len(rollouts[number].walk.ids)
+        return first + sum(added for _, added in some[1:])
 
-    def work(segment: Segment, dense: int) -> int:
-        return len(segment.ids) * (dense + len(segment.ids))
+    def work(size: int, dense: int) -> int:
+        return size * (dense + size)
 
     found: list[Tree] = []
-    # Rollouts that begin alike stay together.
-    waiting = [grown(sorted(group, key=lambda number: rollouts[number].walk.ids)) for group in reversed(groups) if group]
+    waiting = [_in_order(group, rollouts) for group in reversed(groups) if group]
     while waiting:
-        segment, numbers = waiting.pop()
-        fits, half = len(segment.ids) <= most, len(numbers) // 2
-        if not (fits or half):
-            raise ValueError(f"a rollout with its prompt takes {len(segment.ids)} tokens, rows have {most}: raise row_tokens")
-        if not half or fits and dense is None:
-            found.append((segment, numbers))
-            continue
-        halves = [grown(numbers[half:]), grown(numbers[:half])]
-        if fits and dense is not None and sum(work(one, dense) for one, _ in halves) >= work(segment, dense):
-            found.append((segment, numbers))
-        else:
+        some = waiting.pop()
+        half, size = len(some) // 2, size_of(some)
+        halves = [some[half:], some[:half]]
+        if half and size <= most and dense is not None and sum(work(size_of(one), dense) for one in halves) < work(size, dense):
             waiting += halves
+            continue
+        numbers = [number for number, _ in some]
+        segment = policy.grown([rollouts[number].walk for number in numbers])
+        if len(segment.ids) <= most:
+            found.append((segment, numbers))
+        elif half:
+            waiting += halves
+        else:
+            raise ValueError(f"a rollout with its prompt takes {len(segment.ids)} tokens, rows have {most}: raise row_tokens")
+    return found
+
+
+def _in_order(group: Sequence[int], rollouts: Sequence[Sampled]) -> list[tuple[int, int]]:
+    """(number, ids that the one before does not begin with) of each rollout, those that begin alike together."""
+    found: list[tuple[int, int]] = []
+    before: tuple[int, ...] = ()
+    for number in sorted(group, key=lambda number: rollouts[number].walk.ids):
+        ids = rollouts[number].walk.ids
+        differs = (at for at, (one, other) in enumerate(zip(before, ids, strict=False)) if one != other)
+        found.append((number, len(ids) - next(differs, min(len(before), len(ids)))))
+        before = ids
     return found
 
 
@@ -153,7 +169,10 @@ def batches(
     """
     packed: list[list[Tree]] = []
     free: list[int] = []
-    for tree in sorted(trees(groups, rollouts, policy, row_tokens, dense), key=lambda one: -len(one[0].ids)):
+    found = trees(groups, rollouts, policy, row_tokens, dense)
+    if by_segment:  # attention does not span rows, so all of them are one, without padding
+        row_tokens, rows = row_tokens * rows, 1
+    for tree in sorted(found, key=lambda one: -len(one[0].ids)):
         size = len(tree[0].ids)
         at = next((index for index, room in enumerate(free) if size <= room), None)
         if at is None:
@@ -229,8 +248,11 @@ def logprobs_of(logits_PV: Tensor, rows: Rows, policy: Policy) -> tuple[Tensor, 
     """Log-probability [actions] of each action, and the logarithm [places] of the sum of exp(logits)."""
     undo_id = policy.rule.undo_id
     norm_P = logits_PV.logsumexp(-1)
-    undo = torch.tensor([undo_id], device=logits_PV.device)
-    others_P = logits_PV.index_fill(1, undo, -math.inf).logsumexp(-1)
+    others_P = norm_P  # without U, where an action needs it
+    apart = rows.place[rows.ends_run | rows.without_undo].unique()
+    if len(apart):
+        undo = torch.tensor([undo_id], device=logits_PV.device)
+        others_P = norm_P.index_put((apart,), logits_PV[apart].index_fill(1, undo, -math.inf).logsumexp(-1))
     chosen_A = logits_PV[rows.place, rows.token]
     norm_A = torch.where(rows.without_undo, others_P[rows.place], norm_P[rows.place])
     if len(rows.banned):

@@ -70,8 +70,35 @@ def grpo_plots(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plo
                 f"{head}: undo", [_over(steps, "undo_rate", "with undo"), _over(steps, "spurious_rate", "with spurious undo")], True
             ),
             Plot(f"{head}: entropy, nats", [_over(steps, "entropy", "entropy")], whole=False),
+            Plot(f"{head}: reward by component, mean", _of_components(steps), whole=False),
+            Plot(
+                f"{head}: away from what emitted the rollouts",
+                [
+                    _over(steps, "clipped", "share clipped"),
+                    _over(steps, "kl", "KL from the start, nats"),
+                    _over(steps, "mismatch_undo", "log p, engine against learner, with undo"),
+                    _over(steps, "mismatch_plain", "the same, without undo"),
+                ],
+                whole=False,
+            ),
+            Plot(f"{head}: ids of a rollout", [_over(steps, "length", "mean")], whole=False),
+            Plot(
+                f"{head}: seconds of a step",
+                [
+                    _over(steps, f"{part}_seconds", word)
+                    for part, word in (("roll", "engine"), ("judge", "judge"), ("learn", "learner"))
+                ],
+                whole=False,
+            ),
         ]
     return plots
+
+
+def _of_components(steps: Sequence[Mapping[str, Any]]) -> list[Line]:
+    names = dict.fromkeys(name for one in steps for name in one.get("components", ()))
+    return [
+        Line(name, [(one["step"], one["components"][name]["mean"]) for one in steps if name in one["components"]]) for name in names
+    ]
 
 
 def dpo_plots(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plot]:

@@ -97,10 +97,10 @@ def rows_of(drawn: Any, row_tokens: int = ROW, rows: int = 8, by_segment: bool =
 
 @pytest.mark.parametrize("by_segment", [False, True])
 @settings(deadline=None, max_examples=40)
-@given(groups(), st.sampled_from([1, 8]))
-def test_score_is_that_of_a_forward_for_each_state(by_segment: bool, drawn: Any, rows: int) -> None:
+@given(groups(), st.sampled_from([1, 8]), st.sampled_from([None, 1, 30]))
+def test_score_is_that_of_a_forward_for_each_state(by_segment: bool, drawn: Any, rows: int, dense: int | None) -> None:
     policy, _, rollouts = drawn
-    found = scored(model_of(by_segment), rows_of(drawn, rows=rows, by_segment=by_segment), policy)
+    found = scored(model_of(by_segment), rows_of(drawn, rows=rows, by_segment=by_segment, dense=dense), policy)
     for number, one in enumerate(rollouts):
         equal(found.get(number, []), slow_score(model_of(False), one.walk, policy))
 
@@ -225,6 +225,17 @@ def test_groups_share_rows_and_all_are_there_once() -> None:
     found = list(batches([[0], [1], [2], [], [3]], rollouts, [1.0] * 4, Policy(rule("token"), "immediate"), 20, 1, 0, False))
     assert [sorted(set(part.rollout.tolist())) for part in found] == [[0], [1, 2], [3]]
     assert [part.inputs["input_ids"].shape for part in found] == [(1, 20), (1, 20), (1, 5)]
+
+
+def test_attention_by_segment_needs_no_padding() -> None:
+    """As many tokens in a forward pass as the rows have room for, side by side."""
+    rollouts = [Sampled(Walk((5,), (1,) * length), (0.0,) * length) for length in (19, 9, 9, 4, 14, 14)]
+    policy = Policy(rule("token"), "immediate")
+    found = list(batches([[0], [1], [2], [3], [4], [5]], rollouts, [1.0] * 6, policy, 20, 2, 0, True))
+    assert [part.inputs["input_ids"].shape for part in found] == [(1, 40), (1, 35)]
+    assert sorted({number for part in found for number in part.rollout.tolist()}) == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match="takes 22 tokens, rows have 20"):  # two rows side by side do not make a longer one
+        list(batches([[0]], [Sampled(Walk((5,), (1,) * 21), (0.0,) * 21)], [1.0], policy, 20, 2, 0, True))
 
 
 # ---- the log-probabilities that rollouts come with ----
