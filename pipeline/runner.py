@@ -159,8 +159,8 @@ class Pipeline:
         """The table of the rounds so far that stand evaluated, as lines; none where there is but one."""
         from pipeline.metrics import rounds_table  # scipy is behind it
 
-        found = [self._store.path(round, "evaluate") / "metrics.json" for round in range(1, self._settings.run.rounds + 1)]
-        return rounds_table([(round, json.loads(file.read_text())) for round, file in enumerate(found, 1) if file.is_file()])
+        found = {round: self._store.text(round, "evaluate", "metrics.json") for round in range(1, self._settings.run.rounds + 1)}
+        return rounds_table([(round, json.loads(text)) for round, text in found.items() if text])
 
     def publish(self) -> Path | None:
         """Put the newest report and the newest accepted model beside the rounds; the report's path, or None when there is none."""
