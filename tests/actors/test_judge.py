@@ -56,15 +56,16 @@ def with_poison(kind: str) -> list[Any]:
 
 def test_a_row_whose_judge_raises_has_its_traceback_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     tries = []
+    bad = (ROWS[BAD][0], ROWS[BAD][1])  # a row of its own: others are equal to it
 
     def failing(rows: Any) -> Any:
-        if rows[0] is ROWS[BAD]:
+        if rows[0] is bad:
             tries.append(1)
             raise ValueError("unreadable")
         return judge_rows(rows)
 
     monkeypatch.setattr(judge, "judge_rows", failing)
-    found = judge_each(ROWS, 3)
+    found = judge_each([*ROWS[:BAD], bad, *ROWS[BAD + 1 :]], 3)
     lost = found.pop(BAD)
     assert isinstance(lost, Quarantined) and (lost.tries, lost.why, len(tries)) == (3, "ValueError: unreadable", 3)
     assert "in failing" in lost.traceback

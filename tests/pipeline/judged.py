@@ -137,7 +137,8 @@ def right_row(codec: Codec, name: str, text: str, **more: Any) -> Row:
 
 
 def sorted_rows(codec: Codec, *rows: Row, problems: Sequence[Problem] = (problem(),)) -> Judged:
-    verdicts, rollouts = zip(*rows, strict=True)
+    verdicts = [verdict | {"id": rollout["id"]} for verdict, rollout in rows]
+    rollouts = [rollout for _, rollout in rows]
     return sort_rollouts(verdicts, rollouts, {one.id: one for one in problems}, codec)
 
 

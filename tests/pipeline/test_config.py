@@ -24,8 +24,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # configs/cluster holds files for other programs.
 CONFIGS = sorted(set((REPOSITORY / "configs").rglob("*.yaml")) - set((REPOSITORY / "configs" / "cluster").iterdir()))
 SECTIONS = (
-    "run, task, undo, base, engine, cluster, rollouts, judge, traces, sft, search, prm, dpo, grpo, decode, evaluate, experiment, "
-    "report"
+    "run, task, undo, base, engine, cluster, monitor, rollouts, judge, traces, sft, search, prm, dpo, grpo, decode, evaluate, "
+    "experiment, report"
 )
 
 
@@ -43,8 +43,8 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
     ("text", "overrides", "message"),
     [
         # unknown keys
-        ("run: {nmae: a}", [], "run.nmae (set in FILE): no such key; known here: name, root, seed, rounds"),
-        ("", ["run.nmae=a"], "run.nmae (set in the command line): no such key; known here: name, root, seed, rounds"),
+        ("run: {nmae: a}", [], "run.nmae (set in FILE): no such key; known here: name, root, cache, seed, rounds"),
+        ("", ["run.nmae=a"], "run.nmae (set in the command line): no such key; known here: name, root, cache, seed, rounds"),
         ("nonsense: 1", [], f"nonsense (set in FILE): no such key; known here: {SECTIONS}"),
         ("synthetic: 1", [], f"synthetic (set in FILE): no such key; known here: {SECTIONS}"),
         ("task: {name: gsm8k, steps: [2, 3]}", [], "task.steps (set in FILE): no such key; known here: name, train_file"),
@@ -98,7 +98,7 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
         (
             "search: {problems: 5, rollout: step}",
             [],
-            "settings of several sections (set in FILE): search.rollout: step needs values of states, which the stage",
+            "settings of several sections (set in FILE): search.rollout: step needs search.prm, run or a folder: the model",
         ),
         ("grpo: {loss: dr_grpo}", [], "grpo (set in FILE): loss dr_grpo needs scale: none, is group"),
         ("grpo: {refill: 1, staleness: 1}", [], "grpo (set in FILE): refill needs staleness 0, is 1"),
