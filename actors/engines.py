@@ -119,9 +119,7 @@ def make_engine(folder: Path, settings: EngineSettings, context: int, seed: int)
     if settings.kind == "scripted":
         from actors.scripted import ScriptedEngine
 
-        if settings.script is None:
-            raise RuntimeError("engine.kind is scripted: engine.script has to name a dataset of problems")
-        return ScriptedEngine(folder, Path(settings.script))
+        return ScriptedEngine(folder, Path(str(settings.script)))  # the settings see to it that there is one
     if engine_kind(settings.kind) == "vllm":
         return VllmEngine(folder, settings, context, seed)
     return HfEngine.from_folder(folder, settings, context)

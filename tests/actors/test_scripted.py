@@ -34,8 +34,3 @@ def test_half_of_its_solutions_are_right_and_none_depends_on_the_batch(folders: 
         more = engine.generate([Request(request.prompt_ids + whole.token_ids[:6], 3)], how)[0]
         assert more.token_ids and more.finish == "stop" and len(more.logprobs) == len(more.token_ids)
     assert engine.generate([asked[0][1]], Sampling(1.0, 1.0, 3, codec.stop_id))[0].finish == "length"
-
-
-def test_it_needs_a_script(folders: dict[str, Path]) -> None:
-    with pytest.raises(RuntimeError, match=r"engine.kind is scripted: engine.script has to name a dataset of problems"):
-        make_engine(folders["model"], EngineSettings(kind="scripted"), 512, 0)

@@ -30,9 +30,18 @@ class Ref:
         self.outcome, self.done = outcome, True
 
 
+class Answer(int):
+    """What is made of a row here: a number, which has cost no tokens."""
+
+    ids = ()
+
+
 class Method:
     def __init__(self, actor: Actor) -> None:
         self.actor = actor
+
+    def options(self, name: str) -> Method:
+        return self
 
     def remote(self, rows: Any = (), how: Any = None) -> Ref:
         ref = Ref(self.actor, rows)
@@ -80,7 +89,7 @@ class FakeRay:
         elif self.chance.random() < self.deaths:
             ref.settle(ObjectLostError("0" * 56, None, ""))
         else:
-            ref.settle(Batch([-row for row in ref.rows], "v"))
+            ref.settle(Batch([Answer(-row) for row in ref.rows], "v"))
 
     def get(self, ref: Ref, timeout: float | None = None) -> Any:
         assert ref.done
