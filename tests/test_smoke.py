@@ -94,6 +94,7 @@ def test_a_search_values_states_by_the_process_reward_model_of_its_round(finishe
     shutil.copytree(finished[0] / "smoke", tmp_path / "smoke")
     asked = ["prm.steps=4", "prm.rows=2", "prm.test=4", "prm.head.steps=5", "search.problems=6", "search.simulations=6"]
     asked += ["search.max_tokens=96", "search.model=sft", "search.prm=run", "search.rollout=step", "search.batch=3"]
+    asked += ["search.temperature=1.0"]  # greedily this model ends no step
     done = run(tmp_path, "--only", "prm", "--only", "search", *asked)
     assert states(done.stdout)["search"] == "built" and "search: " not in done.stderr.replace("search: no simulation", "")
     store = Store(tmp_path / "smoke")
