@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -87,28 +86,6 @@ def test_outputs_have_their_schema_and_counts(finished: tuple[Path, str]) -> Non
     assert (
         len(load_from_disk(store.path(1, "evaluate"))) == 3 * (16 + 16 + 8 + 16) + 16
     )  # soft, and the control's votes, on test alone
-
-
-def test_a_search_values_states_by_the_process_reward_model_of_its_round(finished: tuple[Path, str], tmp_path: Path) -> None:
-    """One step a simulation, on real Ray: a state that was seen once, with nothing below it, is worth what that model says."""
-    shutil.copytree(finished[0] / "smoke", tmp_path / "smoke")
-    asked = ["prm.steps=4", "prm.rows=2", "prm.test=4", "prm.head.steps=5", "search.problems=6", "search.simulations=6"]
-    asked += ["search.max_tokens=96", "search.model=sft", "search.prm=run", "search.rollout=step", "search.batch=3"]
-    asked += ["search.temperature=1.0"]  # greedily this model ends no step
-    done = run(tmp_path, "--only", "prm", "--only", "search", *asked)
-    assert states(done.stdout)["search"] == "built" and "search: " not in done.stderr.replace("search: no simulation", "")
-    store = Store(tmp_path / "smoke")
-    model, seen = ProcessRewardModel.load(store.path(1, "prm") / "prm"), 0
-    for tree in load_from_disk(store.path(1, "search") / "trees"):
-        below: dict[int, tuple[int, ...]] = {}
-        for node, parent in enumerate(tree["parent"]):
-            below[node] = (below[parent] if node else ()) + tuple(tree["ids"][node])
-        leaves = [node for node in below if node not in tree["parent"] and tree["right"][node] < 0 and tree["visits"][node] == 1]
-        leaves = [node for node in leaves if len(below[node]) < 96]  # what is too long to be finished is wrong
-        wanted = model.value_of([(tree["prompt_ids"], below[node]) for node in leaves])
-        assert [tree["value"][node] for node in leaves] == pytest.approx(wanted, abs=1e-3)
-        seen += len(leaves)
-    assert seen
 
 
 def test_rollouts_carry_ids_logprobs_and_the_weights_that_made_them(finished: tuple[Path, str]) -> None:
@@ -239,41 +216,68 @@ def test_first_errors_by_rollouts(finished: tuple[Path, str]) -> None:
     assert store.manifest(1, "judge").counts["completions"] > 0
 
 
-def test_reinforcement_learning_runs_behind_fine_tuning(finished: tuple[Path, str]) -> None:
-    small = ("steps=2", "problems=4", "group=3", "max_tokens=96", "row_tokens=512", "check_problems=8", "check_every=2")
-    folder = copied(finished, "grpo")
-    output = run(folder, "grpo.control=true", *(f"grpo.{one}" for one in small)).stdout
-    reused = ("problems", "base", "rollouts", "judge", "traces", "sft")
-    assert states(output) == dict.fromkeys(reused, "reused") | dict.fromkeys(("grpo", "evaluate", "report"), "built")
-    store = Store(folder / "smoke")
+OTHERS = [
+    "sft.lr=5e-4",
+    *(f"prm.{one}" for one in ("steps=4", "rows=2", "test=4", "head.steps=5")),
+    *(f"search.{one}" for one in ("problems=6", "simulations=6", "max_tokens=96", "model=sft", "prm=run", "rollout=step")),
+    *("search.batch=3", "search.temperature=1.0"),  # greedily this model ends no step
+    *(f"dpo.{one}" for one in ("steps=2", "batch=4", "check_every=1", "check_pairs=8", "probes=8")),
+    *(f"grpo.{one}" for one in ("steps=2", "problems=4", "group=3", "max_tokens=96", "row_tokens=512", "check_problems=8")),
+    *("grpo.check_every=2", "grpo.control=true"),
+]
+"""Another learning rate, and behind sft every stage that is off by default."""
+
+
+@pytest.fixture(scope="module")
+def others(finished: tuple[Path, str]) -> tuple[Path, str]:
+    folder = copied(finished, "others")
+    return folder, run(folder, *OTHERS).stdout
+
+
+def test_one_sft_setting_rebuilds_sft_and_what_follows(finished: tuple[Path, str], others: tuple[Path, str]) -> None:
+    plan = run(finished[0], "--dry-run", "sft.lr=5e-4").stdout
+    planned = dict(re.findall(r"^round \d  (\w+) +(\w+)", plan, re.MULTILINE))
+    assert planned == {stage: "rebuild" if stage in ("sft", "evaluate", "report") else "reuse" for _, stage in STEPS}
+    reused = ("problems", "base", "rollouts", "judge", "traces")
+    built = ("sft", "prm", "search", "dpo", "grpo", "evaluate", "report")
+    assert states(others[1]) == dict.fromkeys(reused, "reused") | dict.fromkeys(built, "built")
+
+
+def test_reinforcement_learning_behind_fine_tuning(others: tuple[Path, str]) -> None:
+    store = Store(others[0] / "smoke")
     assert store.manifest(1, "grpo").counts == {"rows": 2 * 4 * 3, "steps": 2} | {
         "tokens": store.manifest(1, "grpo").counts["tokens"]
     }
-    metrics = json.loads((folder / "smoke" / "metrics.json").read_text())
-    models = ["base", "clean_control", "sft", "grpo_control", "grpo"]
+    metrics = json.loads((others[0] / "smoke" / "metrics.json").read_text())
+    models = ["base", "clean_control", "sft", "dpo", "grpo_control", "grpo"]
     assert list(dict.fromkeys(one["model"] for one in metrics["evaluations"])) == models
     assert {one["after"] for one in metrics["comparisons"]} == {"grpo rewind"}
-    page = (folder / "smoke" / "report.html").read_text()
+    page = (others[0] / "smoke" / "report.html").read_text()
     assert "round 1, GRPO: reward" in page and "round 1, GRPO of the control: right" in page
-    saved = [(store.path(1, "grpo") / part / "model.safetensors").read_bytes() for part in (".", "control")]
-    assert saved[0] != saved[1] and saved[0] != (store.path(1, "sft") / "model.safetensors").read_bytes()
+    saved = [store.path(1, "grpo") / "control", *(store.path(1, stage) for stage in ("grpo", "sft", "dpo"))]
+    assert len({(folder / "model.safetensors").read_bytes() for folder in saved}) == 4
 
 
-def test_preferences_run_behind_fine_tuning(finished: tuple[Path, str]) -> None:
-    small = ("steps=2", "batch=4", "check_every=1", "check_pairs=8", "probes=8")
-    folder = copied(finished, "dpo")
-    output = run(folder, *(f"dpo.{one}" for one in small)).stdout
-    reused = ("problems", "base", "rollouts", "judge", "traces", "sft")
-    assert states(output) == dict.fromkeys(reused, "reused") | dict.fromkeys(("dpo", "evaluate", "report"), "built")
-    store = Store(folder / "smoke")
-    counts = store.manifest(1, "dpo").counts
+def test_preferences_behind_fine_tuning(others: tuple[Path, str]) -> None:
+    counts = Store(others[0] / "smoke").manifest(1, "dpo").counts
     assert counts["rows"] == sum(counts[f"kind_{kind}"] for kind in ("undo", "step", "keep")) > 0 and counts["steps"] == 2
-    metrics = json.loads((folder / "smoke" / "metrics.json").read_text())
-    assert list(dict.fromkeys(one["model"] for one in metrics["evaluations"])) == ["base", "clean_control", "sft", "dpo"]
-    assert {one["after"] for one in metrics["comparisons"]} == {"dpo rewind"}
-    assert "round 1, preferences: chosen preferred" in (folder / "smoke" / "report.html").read_text()
-    saved = [(store.path(1, stage) / "model.safetensors").read_bytes() for stage in ("sft", "dpo")]
-    assert saved[0] != saved[1]
+    assert "round 1, preferences: chosen preferred" in (others[0] / "smoke" / "report.html").read_text()
+
+
+def test_a_search_values_states_by_the_process_reward_model_of_its_round(others: tuple[Path, str]) -> None:
+    """One step a simulation: a state that was seen once, with nothing below it, is worth what that model says."""
+    store = Store(others[0] / "smoke")
+    model, seen = ProcessRewardModel.load(store.path(1, "prm") / "prm"), 0
+    for tree in load_from_disk(store.path(1, "search") / "trees"):
+        below: dict[int, tuple[int, ...]] = {}
+        for node, parent in enumerate(tree["parent"]):
+            below[node] = (below[parent] if node else ()) + tuple(tree["ids"][node])
+        leaves = [node for node in below if node not in tree["parent"] and tree["right"][node] < 0 and tree["visits"][node] == 1]
+        leaves = [node for node in leaves if len(below[node]) < 96]  # what is too long to be finished is wrong
+        wanted = model.value_of([(tree["prompt_ids"], below[node]) for node in leaves])
+        assert [tree["value"][node] for node in leaves] == pytest.approx(wanted, abs=1e-3)
+        seen += len(leaves)
+    assert seen
 
 
 def test_a_second_round_trains_on_the_traces_of_both(finished: tuple[Path, str]) -> None:
@@ -291,28 +295,18 @@ def test_a_second_round_trains_on_the_traces_of_both(finished: tuple[Path, str])
     assert {row["round"] for row in metrics["evaluations"]} == {1, 2}
 
 
-def test_one_sft_setting_rebuilds_sft_and_what_follows(finished: tuple[Path, str]) -> None:
-    plan = run(finished[0], "--dry-run", "sft.lr=5e-4").stdout
-    planned = dict(re.findall(r"^round \d  (\w+) +(\w+)", plan, re.MULTILINE))
-    after = {stage: "rebuild" if stage in ("sft", "evaluate", "report") else "reuse" for _, stage in STEPS}
-    assert planned == after
-    assert states(run(finished[0], "sft.lr=5e-4").stdout) == {
-        stage: "built" if state == "rebuild" else "reused" for stage, state in after.items()
-    }
-
-
 def test_a_damaged_output_is_rebuilt_and_never_used(finished: tuple[Path, str]) -> None:
     store = Store(finished[0] / "smoke")
     file = next(store.path(0, "problems").glob("*.arrow"))
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert "does not match its checksum" in run(finished[0], "--dry-run", "sft.lr=5e-4").stdout
-    refused = run(finished[0], "--only", "report", "sft.lr=5e-4", expect=1)
+    assert "does not match its checksum" in run(finished[0], "--dry-run").stdout
+    refused = run(finished[0], "--only", "report", expect=1)
     assert refused.stderr.count("\n") == 1 and "does not match its checksum" in refused.stderr
-    rebuilt = run(finished[0], "--only", "problems", "sft.lr=5e-4")
+    rebuilt = run(finished[0], "--only", "problems")
     assert states(rebuilt.stdout)["problems"] == "built"
     assert file.read_bytes() == whole  # equal content, so nothing that reads it is out of date
-    assert "rebuild" not in run(finished[0], "--dry-run", "sft.lr=5e-4").stdout
+    assert "rebuild" not in run(finished[0], "--dry-run").stdout
 
 
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
