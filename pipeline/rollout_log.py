@@ -159,7 +159,8 @@ def _line(head: Mapping[str, object], row: Rolled) -> bytes:
         "correct": row.correct,
         "reward": row.reward,
         "components": dict(row.components),
-        "token_ids": [*map(int, row.token_ids)],
-        "logprobs": [round(float(one), 4) for one in row.logprobs],
     }
-    return json.dumps(values, separators=(",", ":")).encode() + b"\n"
+    # Nearly all of a line is numbers, and formatting them at once is much faster than the json module.
+    ids = ("%d," * len(row.token_ids) % tuple(row.token_ids))[:-1]
+    logprobs = ("%.4f," * len(row.logprobs) % tuple(row.logprobs))[:-1].replace("inf", "Infinity").replace("nan", "NaN")
+    return f'{json.dumps(values, separators=(",", ":"))[:-1]},"token_ids":[{ids}],"logprobs":[{logprobs}]}}\n'.encode()
