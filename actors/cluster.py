@@ -65,7 +65,8 @@ def ray_session(cluster: ClusterSettings, shared: Path | None = None, say: Calla
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         joined = ray.init(
-            address=address,
+            # "local": without an address Ray joins what the last `ray start` of this machine left, dead or somebody else's.
+            address=address or "local",
             log_to_driver=True,
             logging_level=logging.ERROR,
             runtime_env={"env_vars": {"PYTHONPATH": python_path}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._private.services import find_bootstrap_address
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
 from pipeline.store import Store
+
+pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -122,3 +126,17 @@ def test_a_driver_with_other_code_than_the_nodes(cluster: Cluster, tmp_path: Pat
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path)
     said = json.loads(done.stdout.splitlines()[-1])
     assert "does not run what the driver runs: retract's code " in said and "(driver: 000000000000)" in said, done.stderr
+
+
+def test_without_an_address_a_run_has_a_ray_of_its_own(cluster: Cluster, tmp_path: Path) -> None:
+    """The machine remembers the address of its last cluster, which may be gone: joining it would wait for ever."""
+    code = (
+        "import ray\n"
+        "from actors.cluster import ray_session\n"
+        "from pipeline.cluster_config import ClusterSettings\n"
+        "with ray_session(ClusterSettings()): print(ray.get_runtime_context().gcs_address)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path)
+    assert re.fullmatch(r"[\d.]+:\d+", found := done.stdout.splitlines()[-1]), done.stderr
+    assert find_bootstrap_address(None) == cluster.address != found

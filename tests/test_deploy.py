@@ -32,6 +32,8 @@ SCONTROL = '#!/bin/bash\nprintf "one\\ntwo\\n"\n'
 DRIVER = """
 import os, sys, time
 import ray
+
+pytestmark = pytest.mark.ray
 ray.init(logging_level="ERROR", log_to_driver=False)
 for _ in range(120):
     alive = [node for node in ray.nodes() if node["Alive"]]

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from ray._private.runtime_env.packaging import create_package
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 ADDRESS = "http://127.0.0.1:8265"

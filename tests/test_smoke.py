@@ -30,6 +30,8 @@ from pipeline.stages.rollouts import row_seed
 from pipeline.stages.sft import training_set
 from pipeline.store import Store
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = [(0, "problems"), (0, "base"), *((1, s) for s in ("rollouts", "judge", "traces", "sft", "evaluate", "report"))]
 

@@ -17,6 +17,8 @@ from actors.parts import Quarantined
 from pipeline.cluster_config import ActorResources
 from tests.pipeline.saved import PROBLEMS
 
+pytestmark = pytest.mark.ray
+
 ROWS = [(problem, problem.solution if place % 2 else problem.solution[:-1]) for place, problem in enumerate(PROBLEMS)] * 2
 BAD = 7
 
@@ -45,7 +47,7 @@ class Poison(str):
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     root = str(Path(__file__).resolve().parents[2])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": root}})
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": root}})
     yield
     ray.shutdown()
 

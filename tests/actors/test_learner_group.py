@@ -23,6 +23,8 @@ from pipeline.cluster_config import ClusterSettings, SmallActorResources
 from pipeline.config import BaseTraining, RunSettings, Settings, SftSettings
 from tests.actors.trained import prepared, spoil_token, thirty_traces, weights
 
+pytestmark = pytest.mark.ray
+
 COMMON: dict[str, Any] = {"steps": 6, "rows": 4, "row_tokens": 64, "lr": 1e-2, "log_every": 1, "checkpoint_every": 2}
 TWO = Settings(
     run=RunSettings(name="group"),

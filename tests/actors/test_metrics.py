@@ -32,6 +32,8 @@ from pipeline.rollout_log import Rolled, RolloutLog
 from pipeline.telemetry import Terminal
 from tests.pipeline.saved import PROBLEMS, save_problems_and_models
 
+pytestmark = pytest.mark.ray
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL: dict[str, Any] = {"cpus": 0.1, "threads": 1}
 SETTINGS = Settings.model_validate(

@@ -15,6 +15,8 @@ from pipeline.cluster_config import ClusterSettings, SmallActorResources
 from pipeline.config import RunSettings, Settings, SftSettings
 from tests.actors.trained import content, prepared, thirty_traces
 
+pytestmark = pytest.mark.ray
+
 SETTINGS = Settings(
     run=RunSettings(name="restarts"), cluster=ClusterSettings(restarts=2, learner=SmallActorResources(cpus=0.25, threads=1))
 )

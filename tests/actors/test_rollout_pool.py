@@ -29,6 +29,8 @@ from pipeline.grpo_config import GrpoSettings
 from pipeline.stages.io import Codec
 from tests.pipeline.saved import save_problems_and_models
 
+pytestmark = pytest.mark.ray
+
 ROW_TOKENS, SLOTS = 64, 4
 SMALL: dict[str, Any] = {"cpus": 0.1, "threads": 1}
 SETTINGS = Settings.model_validate(

@@ -24,6 +24,8 @@ from pipeline.cluster_config import ActorResources
 from pipeline.tasks.problem import Problem
 from tests.actors.searched import LETTERS, PROMPT, WORDS, Language, grow, problem, settings
 
+pytestmark = pytest.mark.ray
+
 
 def right(one: Problem, ids: tuple[int, ...]) -> bool:
     return ids[0] == LETTERS[int(one.id) % 4]
@@ -184,7 +186,7 @@ def deadly(one: Problem, ids: tuple[int, ...]) -> bool:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     root = str(Path(__file__).resolve().parents[2])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": root}})
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": root}})
     yield
     ray.shutdown()
 
