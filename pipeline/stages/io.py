@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetInfo, Features, load_from_disk
 from transformers import AutoConfig, AutoTokenizer
 
@@ -19,13 +24,37 @@ from pipeline.backtrack.embedding import undo_rule
 from pipeline.config import DecodeSettings, UndoSettings
 from pipeline.tasks.problem import Problem
 
+T = TypeVar("T")
 
-def write_rows(rows: Sequence[dict[str, Any]], features: Features, folder: Path) -> None:
-    """Save rows as a Dataset. The same rows give the same bytes, so that equal content has an equal digest."""
-    columns = {name: [row[name] for row in rows] for name in features}
-    dataset = Dataset.from_dict(columns, features=features)
+
+CHUNK = 1000
+"""Rows in memory at a time."""
+_PART = ".part"  # folder of what is being written
+
+
+def write_rows(rows: Iterable[Mapping[str, Any]], features: Features, folder: Path) -> None:
+    """Save rows as a Dataset, some at a time. The same rows give the same bytes, so that equal content has an equal digest."""
+    schema = features.arrow_schema
+    write_tables((pa.Table.from_pylist(some, schema) for some in _chunks(rows)), features, folder)
+
+
+def write_tables(tables: Iterable[pa.Table], features: Features, folder: Path) -> None:
+    """The same for rows that are columns already, in tables of any size."""
+    part = folder / _PART / "rows.arrow"
+    part.parent.mkdir(parents=True)
+    with pa.OSFile(str(part), "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as stream:
+        for table in tables:
+            stream.write_table(table)
+    dataset = Dataset.from_file(str(part))  # mapped into memory, not read
     dataset._fingerprint = hashlib.sha256(str(features).encode()).hexdigest()[:16]  # the default one is random
     dataset.save_to_disk(folder, max_shard_size="500MB")
+    shutil.rmtree(part.parent)
+
+
+def _chunks(rows: Iterable[T]) -> Iterator[list[T]]:
+    source = iter(rows)
+    while some := list(itertools.islice(source, CHUNK)):
+        yield some
 
 
 def read_rows(folder: Path) -> Dataset:
@@ -52,10 +81,44 @@ def with_rollouts(
         yield verdict, rollout
 
 
-def read_problems(folder: Path, split: str | None = None) -> list[Problem]:
+class Problems(Sequence[Problem]):
+    """Problems of a dataset, read when they are asked for: however many there are, they take no memory."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, at: int) -> Problem: ...
+    @overload
+    def __getitem__(self, at: slice) -> Problems: ...
+    def __getitem__(self, at: int | slice) -> Problem | Problems:
+        if isinstance(at, slice):
+            return self.take(range(len(self))[at])
+        if not -len(self) <= at < len(self):
+            raise IndexError(at)
+        return Problem(**self._rows[at % len(self)])
+
+    def __iter__(self) -> Iterator[Problem]:
+        names = [field.name for field in fields(Problem)]
+        for some in self._rows.iter(CHUNK):  # one by one costs a hundred times as much
+            for values in zip(*(some[name] for name in names), strict=True):
+                yield Problem(*values)
+
+    def take(self, places: Sequence[int] | npt.NDArray[np.int64]) -> Problems:
+        """Those at these places, in this order."""
+        return Problems(self._rows.select(places))
+
+
+def read_problems(folder: Path, split: str | None = None) -> Problems:
     """Problems of one split, or of all, in their stored order."""
     rows = read_rows(folder)
-    return [Problem(**row) for row in rows if split is None or row["split"] == split]
+    if split is None:
+        return Problems(rows)
+    among = pc.equal(rows.data.column("split"), split).to_numpy()
+    return Problems(rows).take(np.flatnonzero(among))
 
 
 def write_json(value: Any, file: Path) -> None:
@@ -91,6 +154,13 @@ class Codec:
     def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
         """Ids of the prompt; text that spells a special token is split like any other text."""
         return self.encode(self._prompt.format(question=problem.question))
+
+    def prompts(self, problems: Iterable[Problem]) -> Iterator[tuple[Problem, tuple[int, ...]]]:
+        """Problems with the ids of their prompts, as above, some at a time."""
+        for some in _chunks(problems):
+            texts = [self._prompt.format(question=problem.question) for problem in some]
+            found = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+            yield from zip(some, map(tuple, found.input_ids), strict=True)
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)

@@ -1,16 +1,25 @@
-"""What a stage has made so far, so that a killed run does not make it again: lines of JSON in the stage's resume folder.
+"""What a stage has made so far, so that a killed run does not make it again: lines of JSON, or columns where rows are many, in the
+stage's resume folder.
 
-A line is on the disk before the next one is begun; one that the kill has torn is not read.
+A part is in its file before the next one is begun; one that the kill has torn is not read.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+_SYNC_SECONDS = 1.0
+_NUMBER = "number"
 
 
 class Kept:
@@ -50,3 +59,78 @@ class Kept:
 
 def tuples(value: Any) -> Any:
     return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+
+class KeptRows:
+    """Rows with numbers, in any order, which never are all in memory: a file that Arrow reads as a stream.
+
+    What was added survives the death of the process; of a machine, what is older than a second.
+
+    Example:
+        with KeptRows(context.resume / "rows.arrow", schema) as kept:
+            kept.add([7, 3], {"text": ["seven", "three"]})
+            for table in kept.in_order(1000):
+                ...
+    """
+
+    def __init__(self, file: Path, schema: pa.Schema) -> None:
+        """`schema`: of the rows, without their numbers."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._schema = file, schema.insert(0, pa.field(_NUMBER, pa.int64())).remove_metadata()
+        self._numbers: list[npt.NDArray[np.int64]] = []
+        whole = self._read() if file.exists() else 0
+        self._file = file.open("r+b" if whole else "wb")
+        self._file.truncate(whole)
+        self._file.seek(whole)
+        if not whole:
+            self._file.write(self._schema.serialize())
+        self._synced = time.monotonic()
+
+    def _read(self) -> int:
+        """The numbers of all whole parts; where the last one ends."""
+        whole = 0
+        with pa.OSFile(str(self._path)) as source:
+            try:
+                stream = pa.ipc.open_stream(source)
+                whole = source.tell()
+                while True:
+                    self._numbers.append(stream.read_next_batch().column(0).to_numpy())
+                    whole = source.tell()
+            except (StopIteration, pa.ArrowInvalid, OSError):  # its end, or a part that is torn
+                return whole
+
+    @property
+    def numbers(self) -> npt.NDArray[np.int64]:
+        """Of the rows, as they were added."""
+        return np.concatenate([np.zeros(0, np.int64), *self._numbers])
+
+    def add(self, numbers: Sequence[int], columns: Mapping[str, Sequence[Any]]) -> None:
+        """All of them or, where the run is killed meanwhile, none."""
+        batch = pa.RecordBatch.from_pydict({_NUMBER: numbers, **columns}, self._schema)
+        self._file.write(batch.serialize())
+        self._file.flush()
+        self._numbers.append(batch.column(0).to_numpy())
+        if time.monotonic() > self._synced + _SYNC_SECONDS:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+    def in_order(self, size: int) -> Iterator[pa.Table]:
+        """All rows by their numbers, which are the first column `number`, `size` at a time. What is in memory are the parts that
+        these stand in."""
+        with pa.memory_map(str(self._path)) as source:
+            parts = [*pa.ipc.open_stream(source)]
+            begins = np.cumsum([0, *(part.num_rows for part in parts)])
+            order = np.argsort(self.numbers, kind="stable")
+            for start in range(0, len(order), size):
+                places = order[start : start + size]
+                inside = np.searchsorted(begins, places, side="right") - 1
+                needed, which = np.unique(inside, return_inverse=True)
+                table = pa.Table.from_batches([parts[part] for part in needed]).combine_chunks()
+                at = np.cumsum([0, *(parts[part].num_rows for part in needed)])[which] + places - begins[inside]
+                yield table.take(pa.array(at))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._file.close()
