@@ -82,7 +82,9 @@ class Meter:
     """Last result."""
     tokens: int = 0
     parts: dict[str, float] = field(default_factory=dict)
-    """Seconds of the driver by what it did."""
+    """Seconds on the clock by what the driver did."""
+    cpus: dict[str, float] = field(default_factory=dict)
+    """CPU time of its main thread likewise."""
     own: float = 0.0
     """Most MiB of the driver: its own, and what it has mapped of Ray's store."""
     resident: float = 0.0
@@ -90,11 +92,12 @@ class Meter:
 
     def times(self, what: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **more: Any) -> Any:
-            began = time.monotonic()
+            began, spent = time.monotonic(), time.thread_time()
             try:
                 return call(*args, **more)
             finally:
                 self.parts[what] = self.parts.get(what, 0.0) + time.monotonic() - began
+                self.cpus[what] = self.cpus.get(what, 0.0) + time.thread_time() - spent
 
         return timed
 
