@@ -170,8 +170,8 @@ def _lines(head: Mapping[str, object], rows: Sequence[Rolled]) -> Iterator[bytes
 
 
 def _joined(rows: Sequence[Sequence[float]], decimals: int = 0) -> list[str]:
-    """The numbers of each row with commas between them; none has decimals unless asked. They are nearly all of a line, and Arrow writes those of all
-    rows at once in half the time that it takes one by one."""
+    """The numbers of each row with commas between them. They are nearly all of a line, and Arrow writes those of all rows together
+    in half the time that it takes one by one."""
     import pyarrow as pa  # not for those who only plan a run
     import pyarrow.compute as pc
 
