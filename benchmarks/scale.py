@@ -1,13 +1,15 @@
 """How far one driver goes: the stage rollouts on real Ray, with simulated engines that sleep as long as real ones would compute.
 
-    python benchmarks/scale.py [--quick] [--engines 1 8 64] [--rows 1000000]
+    python benchmarks/scale.py [--quick] [--engines 1 8 64] [--rows 1000000] [--stored 1000000]
 
-Everything but the engines is real: actors, queue, log of rollouts, rows kept for a resume, dataset, store. Two measurements:
+Everything but the engines is real: actors, queue, log of rollouts, rows kept for a resume, dataset, store. Three measurements:
 
 - Scheduling, at 1, 8, 64 and 256 engines with the same number of batches each. Efficiency is the share of the time, from the first
   request to the moment at which no request is left, in which engines were at work; then that to the last result. Above PROCESSES
   engines several of them share an actor process, as threads of it: memory has no room for as many processes.
 - Many rows: one rollout each of as many problems, and engines that take no time, so that the driver is what limits.
+- Storing: the same with completions that are there before they are asked for, eight of a problem. Rows a second are those of what
+  stores them: rows kept, dataset written, store sealed.
 
 CPU time is that of the driver's process, all its threads included. Prints tables and one JSON line.
 """
@@ -15,6 +17,7 @@ CPU time is that of the driver's process, all its threads included. Prints table
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -22,9 +25,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -39,12 +43,14 @@ QUESTION = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="1 and 8 engines, 20,000 rows")
+    parser.add_argument("--quick", action="store_true", help="1 and 8 engines, 20,000 rows, 50,000 stored")
     parser.add_argument("--engines", type=int, nargs="*", help="these numbers of engines")
-    parser.add_argument("--rows", type=int, help="so many rows in the second measurement; 0 leaves it out")
+    parser.add_argument("--rows", type=int, help="so many rows through Ray; 0 leaves it out")
+    parser.add_argument("--stored", type=int, help="so many rows stored; 0 leaves it out")
     asked = parser.parse_args()
     engines = asked.engines if asked.engines is not None else [1, 8] if asked.quick else [1, 8, 64, 256]
     rows = asked.rows if asked.rows is not None else 20_000 if asked.quick else 1_000_000
+    stored = asked.stored if asked.stored is not None else 50_000 if asked.quick else 1_000_000
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         model = save_model(Path(scratch))
@@ -55,12 +61,14 @@ def main() -> int:
                 print(f"{'engines':>8}" + "".join(f"{name:>18}" for name in found))
             print(f"{count:8}" + "".join(f"{value:18.3f}" for value in found.values()), flush=True)
             figures |= {f"{name}_{count}": value for name, value in found.items()}
-        if rows:
-            found = many(Path(scratch), model, rows)
-            print(f"{rows} rows of {rows} problems, engines that take no time; the driver's seconds on the clock by what it did")
-            for name, value in found.items():
-                print(f"{name:24}{value:12.2f}")
-            figures |= found
+        for count, samples, ready in ((rows, 1, False), (stored, 8, True)):
+            if count:
+                found = many(Path(scratch), model, count, samples, ready)
+                how = "without Ray, completions are there before they are asked for" if ready else "2 engines that take no time"
+                print(f"{count} rows of {count // samples} problems; {how}; CPU time of the driver's main thread, us a row")
+                for name, value in found.items():
+                    print(f"{name:24}{value:12.2f}")
+                figures |= found if ready else {f"through_ray_{name}": value for name, value in found.items()}
     ok = all(figures[name] >= goal for name, goal in AT_LEAST.items() if name in figures)
     ok &= all(figures[name] <= goal for name, goal in AT_MOST.items() if name in figures)
     figures = {name: round(value, 4) for name, value in figures.items()}
@@ -174,26 +182,72 @@ def scheduled(scratch: Path, model: Path, engines: int) -> dict[str, float]:
     }
 
 
-def many(scratch: Path, model: Path, rows: int) -> dict[str, float]:
-    """Figures of the stage with so many rows, and engines that take no time."""
+def many(scratch: Path, model: Path, rows: int, samples: int, ready: bool) -> dict[str, float]:
+    """Figures of the stage with so many rows. `ready`: without Ray, completions are there before they are asked for."""
     meter = Meter()
     with meter.watching():
-        problems = save_problems(scratch / "problems-many", rows)
-    figures = {"problems_per_s": rows / meter.clock, "problems_mib": meter.own}
-    with rollouts(scratch, model, problems, 2, 1, samples=1, token_ms=0.0, prompt_ms=0.0) as (run, _):
-        meter = run()
-    stored = sum(meter.parts[name] for name in ("keep", "dataset", "seal"))
-    figures |= {f"{name}_s": value for name, value in meter.parts.items()}
+        problems = save_problems(scratch / f"problems-{rows}-{samples}", rows // samples)
+    figures = {"problems_per_s": rows / samples / meter.clock}
+    if ready:
+        settings = settings_of(1, samples)
+        meter = staged(
+            settings, model, problems, Path(tempfile.mkdtemp(dir=scratch)), SimpleNamespace(pool=lambda *_: Ready()), Ready
+        )
+    else:
+        with rollouts(scratch, model, problems, 2, 1, samples, token_ms=0.0, prompt_ms=0.0) as (run, _):
+            meter = run()
+    storing = ("keep", "dataset", "seal")
+    figures |= {f"{name}_us": value / rows * 1e6 for name, value in meter.cpus.items()}
     return figures | {
         "clock_s": meter.clock,
-        "driver_cpu_s": meter.cpu,
         "rows_per_s": rows / meter.clock,
+        "cpu_us_per_row": meter.cpu / rows * 1e6,
         "tokens_per_row": meter.tokens / rows,
-        "driver_us_per_row": meter.cpu / rows * 1e6,
-        "stored_rows_per_s": rows / stored,
+        "stored_rows_per_s": rows / sum(meter.parts[name] for name in storing),
+        "stored_rows_per_cpu_s": rows / sum(meter.cpus[name] for name in storing),
         "driver_mib": meter.own,
         "driver_resident_mib": meter.resident,
     }
+
+
+class Ready:
+    """A pool without engines: it answers whatever is asked with the same few thousand completions."""
+
+    version = "v"
+
+    def __init__(self) -> None:
+        from actors.engines import Request, Sampling
+        from actors.simulated import SimulatedEngine
+        from pipeline.engine_config import SimulatedSettings
+
+        engine, how = SimulatedEngine(SimulatedSettings(), BATCH), Sampling(1.0, 1.0, 320, 0, (1,), logprobs=True)
+        asked = [Request(tuple(range(20, 90)), seed) for seed in range(16 * BATCH)]
+        made = engine.rows(asked, how)
+        self._made = [made[at : at + BATCH] for at in range(0, len(made), BATCH)]
+
+    def stream(self, method: str, requests: Iterable[Any], how: Any, batch: int) -> Iterator[tuple[int, Any]]:
+        from actors.parts import Parts
+        from actors.rollout import Batch
+
+        parts = Parts(requests, batch, 3)
+        for made in itertools.cycle(self._made):
+            part = parts.next()
+            if part is None:
+                return
+            yield part.start, Batch(made[: len(part.rows)], self.version)
+
+
+def settings_of(engines: int, samples: int, **simulated: float) -> Any:
+    from pipeline.config import Settings
+
+    return Settings.model_validate(
+        {
+            "run": {"name": "scale"},
+            "engine": {"kind": "simulated", "max_num_seqs": BATCH, "simulated": simulated},
+            "rollouts": {"samples": samples, "batch": BATCH, "max_tokens": 320},
+            "cluster": {"rollout_actors": engines, "rollout": {"cpus": 0, "threads": 1}, "start_timeout": 1800},
+        }
+    )
 
 
 @contextmanager
@@ -202,7 +256,24 @@ def rollouts(
 ) -> Iterator[tuple[Callable[[], Meter], Any]]:
     """The stage with so many engines, `shared` of them in one process, ready to be run; and the pool."""
     from actors import metrics, rollout, workers
-    from pipeline.config import Settings
+
+    settings, folder = settings_of(engines, samples, **simulated), Path(tempfile.mkdtemp(dir=scratch))
+    kind = seats(shared) if shared > 1 else rollout.RolloutPool
+    options = rollout.actor_options
+    more = {"max_concurrency": shared} if shared > 1 else {}
+    with (
+        mock.patch.object(workers, "RolloutPool", kind),
+        mock.patch.object(rollout, "actor_options", lambda *how: options(*how) | more),
+        workers.Workers(settings, folder / "logs", lambda line: None) as running,
+    ):
+        pool = running.pool(model, "v", 1024)
+        metrics.begin(metrics.Labels("scale", "rollouts", 1))
+        yield lambda: staged(settings, model, problems, folder, running, kind), pool
+
+
+def staged(settings: Any, model: Path, problems: Path, folder: Path, workers: Any, kind: Any) -> Meter:
+    """Run the stage as the runner does, into a store; `kind` is the class of its pool."""
+    from actors import metrics
     from pipeline.rollout_log import RolloutLog
     from pipeline.stages import rollouts as stage
     from pipeline.stages.kept import KeptRows
@@ -210,54 +281,25 @@ def rollouts(
     from pipeline.store import Store
     from pipeline.telemetry import Terminal
 
-    settings = Settings.model_validate(
-        {
-            "run": {"name": "scale"},
-            "engine": {"kind": "simulated", "max_num_seqs": BATCH, "simulated": simulated},
-            "rollouts": {"samples": samples, "batch": BATCH, "max_tokens": 320},
-            "cluster": {"rollout_actors": engines, "rollout": {"cpus": 0, "threads": 1}, "start_timeout": 1800},
-        }
-    )
-    folder = Path(tempfile.mkdtemp(dir=scratch))
-    kind = seats(shared) if shared > 1 else rollout.RolloutPool
-    options = rollout.actor_options
+    meter, store = Meter(), Store(folder / "run")
+    terminal = Terminal(None, out=open(os.devnull, "w"))  # noqa: SIM115
+    terminal.on_progress = metrics.progressed
+    inputs = {"problems": problems, "model": model}
     with (
-        mock.patch.object(workers, "RolloutPool", kind),
-        mock.patch.object(
-            rollout, "actor_options", lambda *how: options(*how) | ({"max_concurrency": shared} if shared > 1 else {})
-        ),
-        workers.Workers(settings, folder / "logs", lambda line: None) as running,
+        mock.patch.object(KeptRows, "add", meter.times("keep", KeptRows.add)),
+        mock.patch.object(RolloutLog, "write", meter.times("log", RolloutLog.write)),
+        mock.patch.object(stage, "write_tables", meter.times("dataset", stage.write_tables)),
+        mock.patch.object(stage.Codec, "prompts", meter.each("prompts", stage.Codec.prompts)),
+        mock.patch.object(kind, "stream", meter.streams(kind.stream)),
+        closing(RolloutLog(folder / "logs" / "rollouts", "rollouts", 1, on_rows=metrics.rolled)) as log,
+        meter.watching(),
+        ExitStack() as sealing,
     ):
-        pool = running.pool(model, "v", 1024)
-        metrics.begin(metrics.Labels("scale", "rollouts", 1))
-
-        def run() -> Meter:
-            meter = Meter()
-            terminal = Terminal(None, out=open(os.devnull, "w"))  # noqa: SIM115
-            terminal.on_progress = metrics.progressed
-            store = Store(folder / "run")
-            with (
-                mock.patch.object(KeptRows, "add", meter.times("keep", KeptRows.add)),
-                mock.patch.object(RolloutLog, "write", meter.times("log", RolloutLog.write)),
-                mock.patch.object(stage, "write_tables", meter.times("dataset", stage.write_tables)),
-                mock.patch.object(stage.Codec, "prompts", meter.each("prompts", stage.Codec.prompts)),
-                mock.patch.object(kind, "stream", meter.streams(kind.stream)),
-                closing(RolloutLog(folder / "logs" / "rollouts", "rollouts", 1, on_rows=metrics.rolled)) as log,
-                meter.watching(),
-            ):
-                with store.write(1, "rollouts", key="k", settings={}, inputs={}, seed=0) as draft:
-                    inputs = {"problems": problems, "model": model}
-                    stage.run(
-                        Context(
-                            settings, 1, draft.path, folder, folder / "resume", draft.counts, inputs, {"model": "v"}, terminal,
-                            running, log,
-                        )
-                    )  # fmt: skip
-                    sealed = time.monotonic()
-                meter.parts["seal"] = time.monotonic() - sealed
-            return meter
-
-        yield run, pool
+        draft = sealing.enter_context(store.write(1, "rollouts", key="k", settings={}, inputs={}, seed=0))
+        digests, counts = {"model": "v"}, draft.counts
+        stage.run(Context(settings, 1, draft.path, folder, folder / "resume", counts, inputs, digests, terminal, workers, log))
+        meter.times("seal", sealing.close)()
+    return meter
 
 
 def seats(shared: int) -> Any:

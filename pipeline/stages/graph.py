@@ -83,7 +83,8 @@ def _engine(settings: Settings) -> dict[str, Any]:
 
 def _generation(settings: Settings) -> dict[str, Any]:
     """What every stage that generates depends on."""
-    return {"engine": _engine(settings), "longest": longest_completion(settings), "prompt": settings.base.prompt, "seed": settings.run.seed}
+    longest = longest_completion(settings)
+    return {"engine": _engine(settings), "longest": longest, "prompt": settings.base.prompt, "seed": settings.run.seed}
 
 
 def _own_errors(settings: Settings) -> dict[str, Any]:
