@@ -18,7 +18,7 @@ from actors.cluster import ClusterError
 from actors.decode import HfDecoder
 from actors.parts import Quarantine, Quarantined, TooManyQuarantined, all_there
 from actors.policy import Policy, Sampled
-from actors.rollout import RolloutPool
+from actors.rollout import RolloutActor, RolloutPool
 from actors.weights import Probe, Weights, probe_of
 from actors.workers import Workers
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
@@ -266,6 +266,23 @@ def test_whoever_shares_the_pool_gets_to_know_of_new_actors(pool: RolloutPool, f
             wait([asked], timeout=0.5)
     assert ids(asked.result()[0]) == ids(expected(folders["one"]))
     assert len(said) == 2
+
+
+def test_one_that_finds_no_place_is_not_waited_for(
+    pool: RolloutPool, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node is gone, and no other has room for it."""
+    how = decoding_of(folders["one"])[1]
+    nowhere: Any = RolloutActor.options(num_cpus=1000)
+    monkeypatch.setattr(pool, "_start", lambda: nowhere.remote(str(folders["one"]), "one", SETTINGS, ROW_TOKENS, "never.log"))
+    ray.kill(pool._actors[0])
+    shared = pool.shared()
+    assert ids(pool.decode(REQUESTS, how, 4)[0]) == ids(expected(folders["one"]))
+    pool.use(folders["two"], "two")
+    assert ids(pool.decode(REQUESTS, how, 4)[0]) == ids(expected(folders["two"]))
+    pool.use(folders["one"], "one")
+    shared.replace(pool.tend())
+    assert ids(shared.decode(REQUESTS, how, 4)[0]) == ids(expected(folders["one"])) and len(pool._actors) == 2
 
 
 def test_a_model_that_does_not_load_is_not_tried_again(workers: Workers, folders: dict[str, Path], tmp_path: Path) -> None:
