@@ -35,7 +35,10 @@ class ScriptedEngine(Modelless):
         }
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        return [self._completion(one.prompt_ids, one.seed, sampling) for one in requests]
+        """Notes the seeds of what it has made on the standard output, which actors have in a log."""
+        made = [self._completion(one.prompt_ids, one.seed, sampling) for one in requests]
+        print("made", [one.seed for one in requests], flush=True)
+        return made
 
     def _completion(self, prompt_ids: Sequence[int], seed: int, sampling: Sampling) -> Completion:
         chance = random.Random(json.dumps([list(prompt_ids), None if sampling.temperature == 0 else seed]))

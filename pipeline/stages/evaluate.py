@@ -8,7 +8,7 @@ the main mode.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from math import exp
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from pipeline.config import Settings
 from pipeline.metrics import Evaluated, Probed, acceptance, in_numbers, summarise, tokens_table
 from pipeline.rollout_log import Rolled
 from pipeline.stages.io import Codec, decoding_of, read_problems, write_json, write_rows
+from pipeline.stages.kept import Kept, tuples
 from pipeline.stages.prm import MODEL as PRM
 from pipeline.stages.prm import named_signal
 from pipeline.stages.probes import own_errors, spread, spurious_undos
@@ -90,12 +91,17 @@ def run(context: Context) -> None:
     models = _models(context)
     rows: list[Evaluated] = []
     beside = (len(asked.modes) - 1 + len(asked.also_at)) * sum(problem.split == "test" for problem in chosen)
-    with context.terminal.stage("evaluate", len(models) * (len(chosen) + beside)) as progress:
+    of_model = len(chosen) + beside
+    with context.terminal.stage("evaluate", len(models) * of_model) as progress, Kept(context.resume / "models.jsonl") as kept:
         for model in models:
-            progress.advance(0, model.name)
-            found = _evaluate(context, model, chosen, codec, lambda count, tokens: progress.advance(count))
-            context.rollouts.write([line for row in found for line in rolled_of(row, model.version)])
-            rows += found
+            if model.name not in kept.found:  # a killed run may have left it behind
+                progress.advance(0, model.name)
+                found = _evaluate(context, model, chosen, codec, lambda count, tokens: progress.advance(count))
+                context.rollouts.write([line for row in found for line in rolled_of(row, model.version)])
+                kept.add({model.name: [astuple(row) for row in found]})
+            else:
+                progress.advance(of_model, model.name)
+            rows += [Evaluated(*tuples(row)) for row in kept.found[model.name]]
     rows.sort(key=lambda row: row.temperature != asked.temperature)  # what is measured beside comes behind
     rows += _votes(context, models, rows, chosen, codec)
     with context.terminal.stage("probes", None) as progress:
