@@ -71,46 +71,44 @@ def run(context: Context) -> None:
     if not any(room.holds(problem, prompt) for problem, prompt in codec.prompts(problems)):
         raise room.error()
     lost: list[str] = []
-    with (
-        context.terminal.stage("rollouts", len(problems) * samples) as progress,
-        KeptRows(context.resume / "rows.arrow", _KEPT) as kept,
-    ):
-        had = np.zeros(len(problems) * samples, bool)
-        had[kept.numbers] = True
-        done, tokens = [len(kept.numbers)], [0]
-
-        def on_rows(rows: int, new_tokens: int) -> None:
-            done[0] += rows
-            tokens[0] += new_tokens
-            progress.update(done[0] + len(room.left_out) * samples, f"{tokens[0]} tokens")
-
-        def untried(some: range) -> Iterator[_Try]:
-            for place, (problem, prompt) in enumerate(codec.prompts(problems)):
-                for sample in some if room.holds(problem, prompt) else ():
-                    number = place * samples + sample
-                    if not had[number]:
-                        yield _Try(number, f"{problem.id}#{context.round}.{sample}", problem.id, prompt)
-
-        on_rows(0, 0)
+    with context.terminal.stage("rollouts", len(problems) * samples) as progress:
         pool = context.workers.pool(context.inputs["model"], context.digests["model"], context_length(context))
-        plain, hot = range(asked.samples), range(asked.samples, samples)
-        for some, temperature in ((plain, asked.temperature), (hot, asked.hot_temperature)):
-            if some:
-                lost += _tries(context, pool, untried(some), temperature, codec, on_rows, kept)
-        room.warn(context, len(problems), samples)
-        spent = cut = 0
+        with KeptRows(context.resume / "rows.arrow", _KEPT) as kept:
+            had = np.zeros(len(problems) * samples, bool)
+            had[kept.numbers] = True
+            done, tokens = [len(kept.numbers)], [0]
 
-        def tables() -> Iterator[pa.Table]:
-            nonlocal spent, cut
-            for table in kept.in_order(CHUNK):
-                spent += pc.sum(table["spent"]).as_py()
-                cut += pc.sum(pc.equal(table["finish"], "length")).as_py()
-                is_hot = pa.array(table["number"].to_numpy() % samples >= asked.samples)
-                own = table.append_column("hot", is_hot).append_column("version", pa.array([pool.version] * len(table)))
-                yield own.select(list(FEATURES)).cast(FEATURES.arrow_schema)
+            def on_rows(rows: int, new_tokens: int) -> None:
+                done[0] += rows
+                tokens[0] += new_tokens
+                progress.update(done[0] + len(room.left_out) * samples, f"{tokens[0]} tokens")
 
-        write_tables(tables(), FEATURES, context.out)
-        rows = len(kept.numbers)
+            def untried(some: range) -> Iterator[_Try]:
+                for place, (problem, prompt) in enumerate(codec.prompts(problems)):
+                    for sample in some if room.holds(problem, prompt) else ():
+                        number = place * samples + sample
+                        if not had[number]:
+                            yield _Try(number, f"{problem.id}#{context.round}.{sample}", problem.id, prompt)
+
+            on_rows(0, 0)
+            plain, hot = range(asked.samples), range(asked.samples, samples)
+            for some, temperature in ((plain, asked.temperature), (hot, asked.hot_temperature)):
+                if some:
+                    lost += _tries(context, pool, untried(some), temperature, codec, on_rows, kept)
+            room.warn(context, len(problems), samples)
+            spent = cut = 0
+
+            def tables() -> Iterator[pa.Table]:
+                nonlocal spent, cut
+                for table in kept.in_order(CHUNK):
+                    spent += pc.sum(table["spent"]).as_py()
+                    cut += pc.sum(pc.equal(table["finish"], "length")).as_py()
+                    is_hot = pa.array(table["number"].to_numpy() % samples >= asked.samples)
+                    own = table.append_column("hot", is_hot).append_column("version", pa.array([pool.version] * len(table)))
+                    yield own.select(list(FEATURES)).cast(FEATURES.arrow_schema)
+
+            write_tables(tables(), FEATURES, context.out)
+            rows = len(kept.numbers)
     context.counts.update(rows=rows, tokens=spent, cut_at_max_tokens=cut, prompt_too_long=len(room.left_out) * samples)
     if lost:
         context.counts["quarantined"] = len(lost)
