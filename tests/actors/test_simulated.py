@@ -19,6 +19,7 @@ from pipeline.backtrack.cursor import DecodeRequest, Decoding
 from pipeline.backtrack.undo import UndoRule
 from pipeline.config import Settings
 from pipeline.engine_config import EngineSettings, SimulatedSettings
+from pipeline.stages.graph import STAGES
 
 STOP, UNDO = 0, 1
 HOW = Sampling(1.0, 1.0, 300, STOP, (UNDO,), logprobs=True)
@@ -82,6 +83,17 @@ def test_decoding_with_undo_is_without_any() -> None:
     how = Decoding("rewind", 1.0, 1.0, 50, STOP, UndoRule(UNDO, "all"))
     found = engine.decode([DecodeRequest(one.prompt_ids, one.seed) for one in REQUESTS[:9]], how)
     assert all(one.undos == 0 and STOP not in one.surviving and len(one.logprobs) == len(one.ids) for one in found)
+
+
+def test_rows_made_with_other_lengths_are_other_rows() -> None:
+    """And other engines' rows do not depend on how this one is set up."""
+    rollouts = next(stage for stage in STAGES if stage.name == "rollouts")
+
+    def key(kind: str, tokens: float) -> dict[str, Any]:
+        return rollouts.settings(Settings.model_validate({"engine": {"kind": kind, "simulated": {"tokens": tokens}}}))
+
+    assert key("simulated", 50) != key("simulated", 60)
+    assert key("hf", 50) == key("hf", 60)
 
 
 def test_an_actor_with_it_is_a_small_process() -> None:
