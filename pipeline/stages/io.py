@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -29,7 +28,7 @@ T = TypeVar("T")
 
 CHUNK = 1000
 """Rows in memory at a time."""
-_PART = ".part"  # folder of what is being written
+_SHARD = 500_000_000  # bytes of a dataset's file, about
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], features: Features, folder: Path) -> None:
@@ -39,16 +38,28 @@ def write_rows(rows: Iterable[Mapping[str, Any]], features: Features, folder: Pa
 
 
 def write_tables(tables: Iterable[pa.Table], features: Features, folder: Path) -> None:
-    """The same for rows that are columns already, in tables of any size."""
-    part = folder / _PART / "rows.arrow"
-    part.parent.mkdir(parents=True)
-    with pa.OSFile(str(part), "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as stream:
-        for table in tables:
+    """The same for rows that are columns already. The same tables give the same bytes."""
+    empty = Dataset.from_dict({name: [] for name in features}, features=features)
+    empty._fingerprint = hashlib.sha256(str(features).encode()).hexdigest()[:16]  # the default one is random
+    empty.save_to_disk(folder)
+    parts = list[Path]()
+    source = iter(tables)
+    while (table := next(source, None)) is not None:
+        parts.append(folder / f".{len(parts)}.part")
+        _write_shard(itertools.chain([table], source), features, parts[-1])
+    names = [f"data-{number:05}-of-{len(parts):05}.arrow" for number in range(len(parts))]
+    for part, name in zip(parts, names, strict=True):
+        part.rename(folder / name)
+    state = json.loads((folder / "state.json").read_text())  # what `datasets` writes there, but for the files
+    state["_data_files"] = [{"filename": name} for name in names]
+    (folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
+
+
+def _write_shard(tables: Iterator[pa.Table], features: Features, file: Path) -> None:
+    """As many of the tables as a file shall hold."""
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as stream:
+        while sink.tell() < _SHARD and (table := next(tables, None)) is not None:
             stream.write_table(table)
-    dataset = Dataset.from_file(str(part))  # mapped into memory, not read
-    dataset._fingerprint = hashlib.sha256(str(features).encode()).hexdigest()[:16]  # the default one is random
-    dataset.save_to_disk(folder, max_shard_size="500MB")
-    shutil.rmtree(part.parent)
 
 
 def _chunks(rows: Iterable[T]) -> Iterator[list[T]]:

@@ -78,6 +78,7 @@ class KeptRows:
         file.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._schema = file, schema.insert(0, pa.field(_NUMBER, pa.int64())).remove_metadata()
         self._numbers: list[npt.NDArray[np.int64]] = []
+        self._starts: list[int] = []  # of the parts, in the file
         whole = self._read() if file.exists() else 0
         self._file = file.open("r+b" if whole else "wb")
         self._file.truncate(whole)
@@ -94,7 +95,9 @@ class KeptRows:
                 stream = pa.ipc.open_stream(source)
                 whole = source.tell()
                 while True:
-                    self._numbers.append(stream.read_next_batch().column(0).to_numpy())
+                    numbers = stream.read_next_batch().column(0).to_numpy().copy()  # else all of the part stays
+                    self._numbers.append(numbers)
+                    self._starts.append(whole)
                     whole = source.tell()
             except (StopIteration, pa.ArrowInvalid, OSError):  # its end, or a part that is torn
                 return whole
@@ -107,9 +110,10 @@ class KeptRows:
     def add(self, numbers: Sequence[int], columns: Mapping[str, Sequence[Any]]) -> None:
         """All of them or, where the run is killed meanwhile, none."""
         batch = pa.RecordBatch.from_pydict({_NUMBER: numbers, **columns}, self._schema)
+        self._starts.append(self._file.tell())
+        self._numbers.append(np.array(numbers, np.int64))
         self._file.write(batch.serialize())
         self._file.flush()
-        self._numbers.append(batch.column(0).to_numpy())
         if time.monotonic() > self._synced + _SYNC_SECONDS:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
@@ -117,17 +121,21 @@ class KeptRows:
     def in_order(self, size: int) -> Iterator[pa.Table]:
         """All rows by their numbers, which are the first column `number`, `size` at a time. What is in memory are the parts that
         these stand in."""
-        with pa.memory_map(str(self._path)) as source:
-            parts = [*pa.ipc.open_stream(source)]
-            begins = np.cumsum([0, *(part.num_rows for part in parts)])
-            order = np.argsort(self.numbers, kind="stable")
+        begins = np.cumsum([0, *map(len, self._numbers)])
+        order = np.argsort(self.numbers, kind="stable")
+        with pa.OSFile(str(self._path)) as source:
+
+            def part(number: int) -> pa.RecordBatch:
+                source.seek(self._starts[number])
+                return pa.ipc.read_record_batch(pa.ipc.read_message(source), self._schema)
+
             for start in range(0, len(order), size):
                 places = order[start : start + size]
                 inside = np.searchsorted(begins, places, side="right") - 1
                 needed, which = np.unique(inside, return_inverse=True)
-                table = pa.Table.from_batches([parts[part] for part in needed]).combine_chunks()
-                at = np.cumsum([0, *(parts[part].num_rows for part in needed)])[which] + places - begins[inside]
-                yield table.take(pa.array(at))
+                parts = [part(number) for number in needed.tolist()]
+                at = np.cumsum([0, *map(len, parts)])[which] + places - begins[inside]
+                yield pa.Table.from_batches(parts).combine_chunks().take(pa.array(at))
 
     def __enter__(self) -> Self:
         return self
