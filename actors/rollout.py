@@ -19,7 +19,7 @@ from actors import metrics
 from actors.cluster import ClusterError, Restarts, actor_options, one_line
 from actors.engines import Completion, Request, Sampling, make_engine
 from actors.parts import Part, Parts, Quarantine, Quarantined
-from actors.weights import Weights, check_weights, probe_of_folder
+from actors.weights import Probe, Weights, check_weights, probe_of_folder
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import Settings
 from pipeline.telemetry import redirect_process_output
@@ -78,6 +78,14 @@ class _Rollout:
         check_weights(self._engine, weights.probe, self._dtype, version)
         self._version = version
 
+    def transfer(self, call: str, *given: dict[str, Any]) -> None:
+        self._engine.transfer(call, *given)  # type: ignore[attr-defined]  # the settings see to it that it is vLLM
+
+    def transferred(self, probe: Probe, version: str) -> None:
+        """Weights came from GPU to GPU: those that the probe tells."""
+        check_weights(self._engine, probe, self._dtype, version)
+        self._version = version
+
     def _check_folder(self, folder: str) -> None:
         check_weights(self._engine, probe_of_folder(Path(folder)), self._dtype, folder)
 
@@ -122,7 +130,8 @@ class RolloutPool:
         self._settings, self._context, self._log_dir, self._say = settings, context, log_dir, say
         self._timeout = settings.cluster.start_timeout
         self._folder, self._folder_version, self._version = folder, version, version
-        self._published: ray.ObjectRef[Weights] | None = None  # where they have taken the place of the folder's
+        # Where weights have taken the place of the folder's: those of now, for an actor that begins.
+        self._published: Callable[[], ray.ObjectRef[Weights]] | None = None
         self._held: Weights | None = None
         self._restarts: Restarts | None = restarts or Restarts(settings.cluster.restarts, say)
         self._pings: dict[Any, Any] = {}
@@ -145,7 +154,7 @@ class RolloutPool:
             str(self._folder), self._folder_version, self._settings, self._context, log_file
         )
         if self._published is not None:
-            actor.set_weights.remote(self._published, self._version)
+            actor.set_weights.remote(self._published(), self._version)
         return actor
 
     @property
@@ -171,10 +180,28 @@ class RolloutPool:
         Raises:
             ClusterError: an engine did not take them in time, or does not generate with them.
         """
-        self._version, self._published = version, weights
+        self._version, self._published = version, lambda: weights
         # A copy on the driver's node: the one on the learner's node is lost with that node, and others still have to start from it.
         self._held = ray.get(weights, timeout=self._timeout)
         self._all("set_weights", weights, version)
+        metrics.generates_with(version)
+
+    def transfer(self, send: Callable[[list[Any]], Probe], again: Callable[[], ray.ObjectRef[Weights]], version: str) -> None:
+        """Have a learner's weights sent into every engine, from GPU to GPU.
+
+        Args:
+            send: does it, given the actors; returns what tells the weights from others.
+            again: the same weights through Ray's object store, for an actor that is started again.
+
+        Raises:
+            ClusterError: an engine died meanwhile, or does not generate with them.
+        """
+        self._all("ready")  # a dead one would keep the others waiting in a transfer that never ends
+        able = self._able()
+        self._version, self._published, self._held = version, again, None
+        for actor in set(self._actors) - set(able):
+            actor.set_weights.remote(again(), version)
+        self._all("transferred", send(able), version)
         metrics.generates_with(version)
 
     def generate(
