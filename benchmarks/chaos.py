@@ -42,8 +42,8 @@ KINDS = {
     "judge": (r"ray::\S+/judge\.judge\b", "", 0.1),
     "learner": (r"ray::_Learner\b", r".*\.(fit|decode)\b", 1.0),
 }
-"""Kind of process -> what Ray calls it in the process table, by its class or its task; how that goes on where only those at work are
-killed; and how many seconds one lives like that until it is, on average."""
+"""Kind of process -> what Ray calls it in the process table, by its class or its task; how that goes on where only those at work
+are killed; and how many seconds one lives like that until it is, on average."""
 WAITED_FOR = ("search", "learner")
 """Nothing goes on until these are started again."""
 QUOTAS = {"rollout": 6, "search": 5, "judge": 4, "learner": 5}
