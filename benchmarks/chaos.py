@@ -188,8 +188,8 @@ def among_deaths(folder: Path, settings: Sequence[str], dying: Sequence[tuple[in
     for round, stage, seconds in dying:
         with started(folder, settings) as driver:
             _await_moment(driver, folder / "smoke", round, stage, seconds)
+            ended.killed["driver"] += driver.poll() is None
             driver.kill()
-            ended.killed["driver"] += 1
         ended.again.append(made_again(folder, seeds) - sum(ended.again))
     with started(folder, settings) as driver:
         _finish(driver, folder)
