@@ -54,9 +54,10 @@ SETTINGS = (
     *("search.problems=8", "search.workers=1", "search.batch=2", "search.expand=samples", "search.temperature=1.0"),
     *("search.simulations=6", "base.train.steps=20", "base.train.checkpoint_every=5", "sft.checkpoint_every=2"),
     *("sft.control=false", "evaluate.modes=[rewind]", "evaluate.votes=0", "evaluate.test=8", "evaluate.dev=4", "evaluate.ood=2"),
-    *("evaluate.probes=4", "report.rollouts=2"),
+    *("evaluate.probes=4", "report.rollouts=2", "cluster.row_tries=20"),
 )
-"""On top of the configuration `smoke`. A learner of one thread adds in the same order wherever it is started."""
+"""On top of the configuration `smoke`. A learner of one thread adds in the same order wherever it is started. A row whose process is
+killed again and again by chance is not to be blamed."""
 VLLM = ("engine.kind=vllm", "run.rounds=1", "rollouts.samples=2")
 
 
