@@ -56,8 +56,8 @@ SETTINGS = (
     *("sft.control=false", "evaluate.modes=[rewind]", "evaluate.votes=0", "evaluate.test=8", "evaluate.dev=4", "evaluate.ood=2"),
     *("evaluate.probes=4", "report.rollouts=2", "cluster.row_tries=20"),
 )
-"""On top of the configuration `smoke`. A learner of one thread adds in the same order wherever it is started. A row whose process is
-killed often is not to be blamed."""
+"""On top of the configuration `smoke`. A learner of one thread adds in the same order wherever it is started; a row is not to blame
+for what kills its process here."""
 VLLM = ("engine.kind=vllm", "run.rounds=1", "rollouts.samples=2")
 
 
