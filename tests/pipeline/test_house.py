@@ -21,6 +21,7 @@ FLOORS = {
             "monitor_config",
             "dpo_config",
             "engine_config",
+            "evaluate_config",
             "grpo_config",
             "prm_config",
             "step_metrics",
@@ -33,6 +34,9 @@ FLOORS = {
             "rollout_log",
             "statistics",
             "metrics",
+            "breakdown",
+            "causal",
+            "passes",
             "install",
         ),
         0,
@@ -42,7 +46,7 @@ FLOORS = {
     "actors": 3,
     **dict.fromkeys(("card", "report", "search_page", "stages"), 4),
     "runner": 5,
-    **dict.fromkeys(("cli", "calibrate", "view"), 6),
+    **dict.fromkeys(("cli", "calibrate", "compare", "view"), 6),
     "run": 7,
 }
 TOP_LEVEL = {
