@@ -109,10 +109,10 @@ def _pairs(place: Place, a: Mapping[str, Row], b: Mapping[str, Row]) -> Iterable
         if group not in KIND_GROUPS or found is None or more is None:
             continue
         n = len(some)
-        shares = [sum(pair[i].correct for pair in some) / n for i in (0, 1)]
-        tokens = [sum(pair[i].tokens for pair in some) / n for i in (0, 1)]
+        was, now = (sum(pair[i].correct for pair in some) / n for i in (0, 1))
+        spent, spends = (sum(pair[i].tokens for pair in some) / n for i in (0, 1))
         ends = None if more.low is None or more.high is None else (more.low, more.high)
-        yield Pair(*place, group, *shares, found, *tokens, ends)
+        yield Pair(*place, group, was, now, found, spent, spends, ends)
 
 
 def table(a: Evaluation, b: Evaluation, pairs: Sequence[Pair], split: str) -> list[str]:

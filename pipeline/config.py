@@ -196,6 +196,9 @@ class CheckSettings(Section):
 
     every: int | None = Field(300, ge=1, description="Steps between two checks, the start and the end included; null is none.")
     problems: int = Field(200, ge=1, le=100_000, description="Dev problems on which the start model's own errors are sampled.")
+    first_tries: int = Field(
+        100, ge=0, le=100_000, description="Dev problems decoded with undo forbidden: whether first tries get worse. 0: none."
+    )
 
 
 class RewardWeightSettings(Section):

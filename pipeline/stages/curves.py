@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.report import MEASURES, Line, Plot
+from pipeline.figures import Line, Plot
+from pipeline.report import MEASURES
 
 _KINDS = ("hindsight", "forward")
 

@@ -15,11 +15,10 @@ from pipeline.metrics import Evaluated
 from pipeline.rollout_log import Rolled
 from pipeline.stages.io import Codec, decoding_of
 from pipeline.stages.prm import named_signal
-from pipeline.stages.probes import spurious_undos
+from pipeline.stages.probes import errors_in, spurious_undos
 from pipeline.stages.rollouts import context_length, row_seed
 from pipeline.stages.stage import Context
 from pipeline.tasks.problem import Problem
-from rewards.rollout import verdict_of
 from verifiers.tasks import judge_of
 
 
@@ -124,12 +123,6 @@ def undo_lengths(ids: Sequence[int], rule: UndoRule) -> tuple[int, ...]:
             lengths.append(deleted)
         running = deleted >= 0
     return tuple(lengths)
-
-
-def errors_in(problem: Problem, text: str) -> int:
-    """Errors that the judge finds in a whole solution: the first one, and false results behind it."""
-    verdict = verdict_of(problem, text)
-    return (verdict.error is not None) + len(verdict.later)
 
 
 def rolled_of(row: Evaluated, version: str) -> list[Rolled]:

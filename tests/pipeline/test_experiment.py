@@ -20,7 +20,8 @@ from actors.engines import Completion, Request, Sampling
 from actors.learner import Curve, fit
 from pipeline.backtrack.trace import Detour, Role, WrongTry, build_trace
 from pipeline.config import CheckSettings, ExperimentSettings, Settings, SftSettings, variant
-from pipeline.report import Page, figure, render
+from pipeline.figures import figure
+from pipeline.report import Page, render
 from pipeline.stages import experiment, probes
 from pipeline.stages.curves import experiment_plots, plots_of
 from pipeline.stages.graph import steps
