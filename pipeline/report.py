@@ -340,7 +340,7 @@ def signed(value: float, digits: int = 1) -> str:
 
 def points(share: float) -> str:
     """A difference of two shares in percentage points."""
-    return signed(100 * share)
+    return signed(100 * share) if is_number(share) else NONE
 
 
 def count(value: Any) -> str:
