@@ -75,8 +75,9 @@ def planted_outcomes(
     if not asked.planted:
         return []
     texts = [*own(_evenly(cases, asked.planted), codec)]
+    drawn = codec.plain_ids()
     for problem in spread(problems, "test", asked.planted):
-        texts += in_solution(problem, codec, settings.traces.random_tokens, settings.run.seed)
+        texts += in_solution(problem, codec, drawn, settings.traces.random_tokens, settings.run.seed)
     texts = [one for one in texts if len(one.ids) + _ROOM <= asked.max_tokens]
     also = [one for one in texts if one.kind in FORCED]
     mode: Mode = asked.modes[0]
@@ -125,13 +126,17 @@ def own(cases: Sequence[Case], codec: Codec) -> Iterator[Planted]:
         yield Planted(case.problem, "own", case.error.ids[start:], case.error.at[1] - start)
 
 
-def in_solution(problem: Problem, codec: Codec, most_random: int, seed: int) -> Iterator[Planted]:
+def in_solution(problem: Problem, codec: Codec, drawn: Sequence[int], most_random: int, seed: int) -> Iterator[Planted]:
     """Random tokens, a false result, a paraphrase and nothing at all behind a beginning of the gold solution. A kind for which the
-    solution has no place is left out: a calculation has equations, and one that adds or multiplies can be turned round."""
+    solution has no place is left out: a calculation has equations, and one that adds or multiplies can be turned round.
+
+    Args:
+        drawn: ids that random tokens are drawn from, at most `most_random` of them.
+    """
     rng = random.Random(f"{seed}/planted/{problem.id}")
     solution = codec.encode(problem.solution)
     k = rng.randint(1, most_random)
-    injected = random_injection(codec.prompt_ids(problem), solution, codec.plain_ids(), k, rng, codec.rule)
+    injected = random_injection(codec.prompt_ids(problem), solution, drawn, k, rng, codec.rule)
     start = injected.trace.prompt_length
     yield Planted(problem, "random", injected.trace.ids[start : start + injected.place + k], injected.place)
     equations = list(_EQUATION.finditer(problem.solution))

@@ -40,7 +40,7 @@ def test_each_kind_is_wrong_or_right_as_it_says(inputs: dict[str, Path]) -> None
     kinds: dict[str, int] = {}
     for problem in TEST:
         gold = codec.encode(problem.solution)
-        for one in in_solution(problem, codec, 3, seed=0):
+        for one in in_solution(problem, codec, codec.plain_ids(), 3, seed=0):
             kinds[one.kind] = kinds.get(one.kind, 0) + 1
             text = codec.decode(one.ids).text
             assert one.ids[: one.place] == gold[: one.place] and len(one.ids) > one.place
@@ -52,7 +52,9 @@ def test_each_kind_is_wrong_or_right_as_it_says(inputs: dict[str, Path]) -> None
                 assert state_is_wrong(problem, text) and not state_is_wrong(problem, codec.decode(one.ids[: one.place]).text)
             else:
                 assert one.kind == "random" and one.ids[one.place] != gold[one.place]
-        assert list(in_solution(problem, codec, 3, seed=0)) == list(in_solution(problem, codec, 3, seed=0))
+        assert list(in_solution(problem, codec, codec.plain_ids(), 3, seed=0)) == list(
+            in_solution(problem, codec, codec.plain_ids(), 3, seed=0)
+        )
     assert kinds["random"] == kinds["right"] == len(TEST) and kinds["paraphrase"] > 3 and kinds["arithmetic"] > 3
 
 
