@@ -33,6 +33,8 @@ MEASURES = (
     ("p_undo_error", "P(U | own error)"),
     ("p_undo_right", "P(U | right)"),
     ("p_correction", "P(correction | after undo)"),
+    ("first_try_accuracy", "first tries right"),
+    ("errors_per_try", "errors in a first try"),
 )
 """What an experiment measures, with the words for it."""
 KINDS = ("all", "forward", "hindsight")

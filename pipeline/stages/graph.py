@@ -233,7 +233,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "experiment",
-        1,
+        2,
         lambda round: (_PROBLEMS, _model(1), Input("traces", 1, "traces")),
         lambda s: (
             _generation(s)
