@@ -136,6 +136,9 @@ class VllmEngine:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # Ray actors share cores; OMP_NUM_THREADS rules
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         from vllm import LLM
+        from vllm.config import WeightTransferConfig
+
+        from actors.handover import BACKEND
 
         self._llm = LLM(
             model=str(folder),
@@ -154,6 +157,7 @@ class VllmEngine:
             async_scheduling=False,
             seed=seed,
             skip_tokenizer_init=True,
+            weight_transfer_config=WeightTransferConfig(BACKEND) if settings.handover == "nccl" else None,
         )
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -201,8 +205,17 @@ class VllmEngine:
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         self._reload(weights_iterator=iter(weights.items()), is_checkpoint_format=True)
 
+    def transfer(self, call: str, *given: dict[str, Any]) -> None:
+        """One of vLLM's calls of a weight transfer, see actors/handover.py."""
+        getattr(self._llm, call)(*given)
+        if call == "finish_weight_update":
+            self._renew()
+
     def _reload(self, **how: Any) -> None:
         self._llm.collective_rpc("reload_weights", kwargs=how)
+        self._renew()
+
+    def _renew(self) -> None:
         self._llm.apply_model(_repack_tied_head)
         self._llm.reset_prefix_cache()
 

@@ -17,11 +17,12 @@ import ray
 import torch
 from torch import Tensor
 
+from actors.handover import Sender
 from actors.memory import out_of_memory
 from actors.policy import Policy, Rows, Sampled, batches, score
 from actors.policy_learner import LearningError, PolicyLearner
 from actors.trainable import merged
-from actors.weights import Weights
+from actors.weights import Probe, Weights, probe_of
 from pipeline.grpo_config import GrpoSettings
 from pipeline.telemetry import redirect_process_output
 
@@ -162,6 +163,12 @@ class Grpo(PolicyLearner):
         """For engines: adapters merged."""
         return Weights.of(merged(self.model, self._trainable), dtype)
 
+    def send(self, sender: Sender, actors: Sequence[Any], dtype: str) -> Probe:
+        """The same from GPU to GPU; returns what tells them from others."""
+        model = merged(self.model, self._trainable)
+        sender.send(model, dtype, actors)
+        return probe_of(model)
+
 
 def loss_weights(rollouts: Sequence[Sampled], settings: GrpoSettings) -> list[float]:
     """[rollouts] What one action of each counts, so that the weighted sum is the mean that the loss is named for."""
@@ -198,6 +205,7 @@ class _GrpoLearner:
     def __init__(self, folder: str, settings: GrpoSettings, policy: Policy, seed: int, log_file: str) -> None:
         redirect_process_output(Path(log_file))
         self._grpo = Grpo(Path(folder), settings, policy, seed)
+        self._sender: Sender | None = None
 
     def learn(self, groups: Sequence[Sequence[int]], rollouts: Sequence[Sampled]) -> Report:
         return self._grpo.learn(groups, rollouts)
@@ -205,6 +213,11 @@ class _GrpoLearner:
     def weights(self, dtype: str) -> tuple[int, Weights]:
         """(steps learned, weights)"""
         return self._grpo.step, self._grpo.weights(dtype)
+
+    def send(self, actors: Sequence[Any], dtype: str, timeout: float) -> Probe:
+        """Weights into the engines of rollout actors, which are alone to read them meanwhile."""
+        self._sender = self._sender or Sender(timeout)
+        return self._grpo.send(self._sender, actors, dtype)
 
     def save(self, folder: str) -> None:
         self._grpo.save(Path(folder))

@@ -19,7 +19,7 @@ from actors import metrics
 from actors.cluster import ClusterError, Restarts, actor_options, one_line
 from actors.engines import Completion, Request, Sampling, make_engine
 from actors.parts import Part, Parts, Quarantine, Quarantined
-from actors.weights import Weights, check_weights, probe_of_folder
+from actors.weights import Probe, Weights, check_weights, probe_of_folder
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import Settings
 from pipeline.telemetry import redirect_process_output
@@ -78,6 +78,14 @@ class _Rollout:
         check_weights(self._engine, weights.probe, self._dtype, version)
         self._version = version
 
+    def transfer(self, call: str, *given: dict[str, Any]) -> None:
+        self._engine.transfer(call, *given)  # type: ignore[attr-defined]  # the settings see to it that it is vLLM
+
+    def transferred(self, probe: Probe, version: str) -> None:
+        """Weights came from GPU to GPU: those that the probe tells."""
+        check_weights(self._engine, probe, self._dtype, version)
+        self._version = version
+
     def _check_folder(self, folder: str) -> None:
         check_weights(self._engine, probe_of_folder(Path(folder)), self._dtype, folder)
 
@@ -105,7 +113,8 @@ class RolloutPool:
     """Rollout actors that live as long as the run; weights are swapped in place between models.
 
     One that dies, or hangs and is killed, is started again with the weights of now as long as `restarts` allow; what it had in work
-    the others do meanwhile.
+    the others do meanwhile. Nothing waits for one that is being started while another lives: where a node is gone, there may be no
+    place for it.
     """
 
     def __init__(
@@ -121,15 +130,18 @@ class RolloutPool:
         self._settings, self._context, self._log_dir, self._say = settings, context, log_dir, say
         self._timeout = settings.cluster.start_timeout
         self._folder, self._folder_version, self._version = folder, version, version
-        self._published: ray.ObjectRef[Weights] | None = None  # where they have taken the place of the folder's
+        # Where weights have taken the place of the folder's: those of now, for an actor that begins.
+        self._published: Callable[[], ray.ObjectRef[Weights]] | None = None
         self._held: Weights | None = None
         self._restarts: Restarts | None = restarts or Restarts(settings.cluster.restarts, say)
         self._pings: dict[Any, Any] = {}
         self.new_stage()
         self._started = 0
         self._heard: set[Any] = set()  # actors that have answered before
+        self._coming: dict[Any, Any] = {}  # those that have not -> what they will answer once they are ready
         self._actors: list[Any] = [self._start() for _ in range(settings.cluster.rollout_actors)]
         self.kind: str = self._all("ready")[0]
+        self._heard.update(self._actors)
 
     def _start(self) -> Any:
         """An actor with the weights of now. What it is asked waits until it has them."""
@@ -142,7 +154,7 @@ class RolloutPool:
             str(self._folder), self._folder_version, self._settings, self._context, log_file
         )
         if self._published is not None:
-            actor.set_weights.remote(self._published, self._version)
+            actor.set_weights.remote(self._published(), self._version)
         return actor
 
     @property
@@ -168,10 +180,28 @@ class RolloutPool:
         Raises:
             ClusterError: an engine did not take them in time, or does not generate with them.
         """
-        self._version, self._published = version, weights
+        self._version, self._published = version, lambda: weights
         # A copy on the driver's node: the one on the learner's node is lost with that node, and others still have to start from it.
         self._held = ray.get(weights, timeout=self._timeout)
         self._all("set_weights", weights, version)
+        metrics.generates_with(version)
+
+    def transfer(self, send: Callable[[list[Any]], Probe], again: Callable[[], ray.ObjectRef[Weights]], version: str) -> None:
+        """Have a learner's weights sent into every engine, from GPU to GPU.
+
+        Args:
+            send: does it, given the actors; returns what tells the weights from others.
+            again: the same weights through Ray's object store, for an actor that is started again.
+
+        Raises:
+            ClusterError: an engine died meanwhile, or does not generate with them.
+        """
+        self._all("ready")  # a dead one would keep the others waiting in a transfer that never ends
+        able = self._able()
+        self._version, self._published, self._held = version, again, None
+        for actor in set(self._actors) - set(able):
+            actor.set_weights.remote(again(), version)
+        self._all("transferred", send(able), version)
         metrics.generates_with(version)
 
     def generate(
@@ -239,8 +269,12 @@ class RolloutPool:
             busy[asked.actor] -= 1
             return asked
 
-        feed(self._actors)
+        feed(self._able())
+        look = time.monotonic() + _LOOK_SECONDS
         while running:
+            if time.monotonic() > look:
+                feed(self._able())  # one that was being started may be ready
+                look = time.monotonic() + _LOOK_SECONDS
             metrics.gauge("queue_depth", sum(len(one.part.rows) for one in running.values()), queue="rollout")
             ready, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
             if not ready:
@@ -249,7 +283,6 @@ class RolloutPool:
                     metrics.count("failures", what="hung rollout actor")
                     due[actor] = math.inf
                     ray.kill(actor)  # its requests come back as those of any dead actor
-                feed(self._actors)  # there may be new ones
                 continue
             asked = take(ready[0])
             try:
@@ -261,7 +294,7 @@ class RolloutPool:
                     parts.untried(one.part)
                 self._lose(asked.actor, error)
                 yield from self._failed(method, parts, first.part, one_line(error), str(error))  # it had begun with that one
-                feed(self._actors)
+                feed(self._able())
             except RayTaskError as error:
                 metrics.count("failures", what="rollout task")
                 why = f"{type(error.cause).__name__}: {one_line(error.cause)}"
@@ -269,7 +302,7 @@ class RolloutPool:
                 feed([asked.actor])
             except ObjectLostError:  # its node died behind it
                 parts.untried(asked.part)
-                feed(self._actors)
+                feed(self._able())
             else:
                 if result.version != self._version or len(result.done) != len(asked.part.rows):
                     raise ClusterError(
@@ -282,6 +315,21 @@ class RolloutPool:
                 metrics.count("tokens", sum(map(emitted, result.done)), method=method)
                 yield asked.part.start, result
         metrics.gauge("queue_depth", 0, queue="rollout")
+
+    def _able(self) -> list[Any]:
+        """The actors that are ready; all, where none is."""
+        for actor in self._actors:
+            if actor not in self._heard and actor not in self._coming:
+                self._coming[actor] = actor.ready.remote()
+        answered, _ = ray.wait(list(self._coming.values()), num_returns=len(self._coming), timeout=0) if self._coming else ([], [])
+        for actor in [actor for actor, ref in self._coming.items() if ref in answered]:
+            ref = self._coming.pop(actor)
+            try:
+                ray.get(ref)
+                self._heard.add(actor)
+            except RayActorError as error:
+                self._lose(actor, error)
+        return [actor for actor in self._actors if actor in self._heard] or self._actors
 
     def _failed(self, method: str, parts: Parts, part: Part, why: str, traceback: str) -> Iterator[tuple[int, Batch]]:
         if not parts.failed(part):
@@ -316,7 +364,8 @@ class RolloutPool:
         """The same actors, for another process to ask beside this one, which goes on to `tend` them: only this one may change
         weights, start actors again, or close it."""
         other = copy(self)
-        other._heard, other._restarts, other._say, other._held, other._pings = set(self._heard), None, print, None, {}
+        other._heard, other._restarts, other._say, other._held = set(self._heard), None, print, None
+        other._pings, other._coming = {}, {}
         return other
 
     def tend(self) -> list[Any]:
@@ -343,8 +392,13 @@ class RolloutPool:
             ray.kill(actor)
 
     def _all(self, method: str, *args: Any) -> list[Any]:
-        """What every actor answers; one that is started again in place of another has the weights of now anyway."""
-        asked = deque((actor, getattr(actor, method).remote(*args)) for actor in self._actors)
+        """What every actor answers. One that is being started does the same before anything else it is asked for, and is not waited
+        for; one that is started again in place of another has the weights of now anyway."""
+        able = self._able()
+        asked = deque((actor, getattr(actor, method).remote(*args)) for actor in able)
+        for actor in self._actors:
+            if actor not in able:
+                getattr(actor, method).remote(*args)
         found, until = [], time.monotonic() + self._timeout
         while asked:
             actor, ref = asked.popleft()
@@ -358,8 +412,9 @@ class RolloutPool:
             except RayActorError as error:
                 before = set(self._actors)
                 self._lose(actor, error)
-                asked.extend((new, new.ready.remote()) for new in self._actors if new not in before)
-                until = time.monotonic() + self._timeout
+                if not asked and not found:  # nobody else lives
+                    asked.extend((new, new.ready.remote()) for new in self._actors if new not in before)
+                    until = time.monotonic() + self._timeout
             except RayTaskError as error:
                 raise _failed(error) from error
         return found

@@ -36,7 +36,10 @@ class ScriptedEngine:
         }
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        return [self._completion(one.prompt_ids, one.seed, sampling) for one in requests]
+        """Notes the seeds of what it has made on the standard output, which actors have in a log."""
+        made = [self._completion(one.prompt_ids, one.seed, sampling) for one in requests]
+        print("made", [one.seed for one in requests], flush=True)
+        return made
 
     def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding) -> list[Decoded]:
         """Without any undo."""

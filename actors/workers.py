@@ -31,9 +31,11 @@ from actors.search import Searcher
 from actors.search_workers import SearchWorkers
 from actors.verifier_actor import Verifiers
 from actors.watch import Watch
+from actors.weights import Probe
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import Settings, TrainSettings
 from pipeline.dpo_config import DpoSettings
+from pipeline.engine_config import EngineSettings
 from pipeline.grpo_config import GrpoSettings
 
 T = TypeVar("T")
@@ -180,7 +182,7 @@ class Workers:
         cluster = self._settings.cluster
         options = actor_options(cluster.learner, f"grpo-{next(_NUMBERS)}", 1)
         actor = GrpoActor.options(**options).remote(str(folder.resolve()), settings, policy, seed, str(self._log_dir / "grpo.log"))
-        return GrpoLearner(actor, cluster.start_timeout, self._settings.engine.dtype)
+        return GrpoLearner(actor, cluster.start_timeout, self._settings.engine)
 
     def search(self, searcher: Searcher, pool: RolloutPool) -> SearchWorkers:
         """Search workers that ask the pool of `searcher`, which is `pool` shared; their user closes them."""
@@ -295,8 +297,8 @@ class Workers:
 class GrpoLearner:
     """The driver's side of a GrpoActor. All calls but `learn` wait for `timeout` seconds at most."""
 
-    def __init__(self, actor: Any, timeout: float, dtype: str) -> None:
-        self._actor, self._timeout, self._dtype = actor, timeout, dtype
+    def __init__(self, actor: Any, timeout: float, engine: EngineSettings) -> None:
+        self._actor, self._timeout, self._engine = actor, timeout, engine
 
     def learn(self, groups: Sequence[Sequence[int]], rollouts: Sequence[Sampled]) -> Report:
         report: Report = self._get(self._actor.learn.remote(groups, rollouts), "learn", None)
@@ -308,10 +310,24 @@ class GrpoLearner:
         Raises:
             ClusterError: either side was too slow or died, or an engine does not generate with them.
         """
+        what = f"hand over weights {version} to the rollout actors"
+        if self._engine.handover == "nccl":
+
+            def send(actors: list[Any]) -> Probe:
+                probe: Probe = self._get(self._actor.send.remote(actors, self._engine.dtype, self._timeout), what, self._timeout)
+                return probe
+
+            pool.transfer(send, lambda: self._weights()[1], version)
+            return
         # The step comes back beside the weights, so that what goes wrong here is not taken for a fault of those who read them.
-        step, weights = self._actor.weights.options(num_returns=2).remote(self._dtype)
-        self._get(step, f"hand over weights {version} to the rollout actors", self._timeout)
+        step, weights = self._weights()
+        self._get(step, what, self._timeout)
         pool.publish(weights, version)
+
+    def _weights(self) -> tuple[Any, Any]:
+        """Its step and its weights, as they come to Ray's object store."""
+        step, weights = self._actor.weights.options(num_returns=2).remote(self._engine.dtype)
+        return step, weights
 
     def save(self, folder: Path) -> None:
         self._get(self._actor.save.remote(str(folder.resolve())), "save", self._timeout)

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pipeline.backtrack.curriculum import parse_schedule
 from pipeline.cluster_config import ClusterSettings
 from pipeline.dpo_config import DpoSettings
-from pipeline.engine_config import EngineSettings
+from pipeline.engine_config import EngineSettings, check_handover
 from pipeline.evaluate_config import EvaluateSettings, SamplingSettings
 from pipeline.grpo_config import GrpoSettings, LoraSettings
 from pipeline.monitor_config import MonitorSettings
@@ -411,6 +411,7 @@ class Settings(Section):
         grpo, longest = self.grpo, self.engine.max_prompt + self.grpo.max_tokens
         if grpo.steps == 0:
             return self
+        check_handover(self.engine, self.cluster, grpo)
         if longest > grpo.row_tokens:
             raise ValueError(f"grpo.row_tokens must hold engine.max_prompt + grpo.max_tokens = {longest}, is {grpo.row_tokens}")
         if grpo.undo == "epsilon" and self.decode.threshold is None:

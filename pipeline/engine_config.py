@@ -6,6 +6,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from pipeline.cluster_config import ClusterSettings
+from pipeline.grpo_config import GrpoSettings
 from pipeline.task_config import Section
 
 
@@ -19,9 +21,29 @@ class EngineSettings(Section):
     max_num_seqs: int = Field(256, ge=1, le=4096, description="Rows that the engine decodes at a time.")
     kv_cache_gib: int = Field(1, ge=1, le=1024, description="Memory for vLLM's KV cache on CPUs.")
     gpu_memory: float = Field(0.5, gt=0, le=1, description="Share of a GPU's memory for vLLM.")
+    handover: Literal["store", "nccl"] = Field(
+        "store", description="How the GRPO learner's weights come: through Ray's object store, or from GPU to GPU (vLLM)."
+    )
 
     @model_validator(mode="after")
     def _has_script(self) -> Self:
         if (self.kind == "scripted") != (self.script is not None):
             raise ValueError(f"kind scripted and a script belong together: kind is {self.kind}, script is {self.script}")
         return self
+
+
+def check_handover(engine: EngineSettings, cluster: ClusterSettings, grpo: GrpoSettings) -> None:
+    """
+    Raises:
+        ValueError: weights cannot go from GPU to GPU.
+    """
+    if engine.handover == "store":
+        return
+    kinds = {"engine.kind": engine.kind, "grpo.engine": grpo.engine}
+    if others := [f"{key} is {kind}" for key, kind in kinds.items() if kind not in ("auto", "vllm")]:
+        raise ValueError(f"engine.handover: nccl needs vLLM, {others[0]}")
+    gpus = {"cluster.rollout.gpus": cluster.rollout.gpus, "cluster.learner.gpus": cluster.learner.gpus}
+    if lacking := [key for key, count in gpus.items() if count < 1]:
+        raise ValueError(f"engine.handover: nccl needs {lacking[0]} of 1 or more, is {gpus[lacking[0]]:g}")
+    if grpo.staleness:
+        raise ValueError(f"engine.handover: nccl needs grpo.staleness 0, is {grpo.staleness}: engines would be busy")

@@ -8,15 +8,24 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import ray
+from datasets import load_from_disk
 from ray._private.services import find_bootstrap_address
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
+from actors.engines import Request, Sampling
+from actors.judge import judge_rows
+from actors.scripted import ScriptedEngine
+from pipeline.config import UndoSettings
+from pipeline.stages.io import Codec, read_problems
+from pipeline.stages.rollouts import row_seed
 from pipeline.store import Store
 
 pytestmark = pytest.mark.ray
@@ -42,10 +51,22 @@ def cluster() -> Iterator[Cluster]:
     del os.environ["HF_TOKEN"]
 
 
-def run(cluster: Cluster, folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+@contextmanager
+def started(cluster: Cluster, folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, str(ROOT / "run.py"), "--config", "smoke", f"run.root={folder}", *arguments]
-    env = {**os.environ, "RAY_ADDRESS": cluster.address, **more}
-    return subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=folder, env=env)
+    env = {**os.environ, "RAY_ADDRESS": cluster.address}
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=env)
+    try:
+        yield driver
+    finally:
+        driver.kill()
+        driver.wait()
+
+
+def run(cluster: Cluster, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    with started(cluster, folder, *arguments) as driver:
+        said, errors = driver.communicate(timeout=500)
+        return subprocess.CompletedProcess(driver.args, driver.returncode, said, errors)
 
 
 def session(cluster: Cluster) -> Path:
@@ -126,6 +147,35 @@ def test_a_driver_with_other_code_than_the_nodes(cluster: Cluster, tmp_path: Pat
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path)
     said = json.loads(done.stdout.splitlines()[-1])
     assert "does not run what the driver runs: retract's code " in said and "(driver: 000000000000)" in said, done.stderr
+
+
+def test_the_death_of_a_node_with_its_actors(cluster: Cluster, tmp_path: Path) -> None:
+    """An actor of either kind may be there; what is left has no room for a second rollout actor, and the run ends all the same."""
+    folder = tmp_path / "smoke"
+    settings = [
+        *("engine.kind=scripted", f"engine.script={folder}/0/problems", "base.train.steps=2", "base.train.check_every=2"),
+        *("rollouts.samples=32", "rollouts.batch=8", "judge.batch=64", "cluster.rollout_actors=2", "cluster.rollout.cpus=0.6"),
+        *("cluster.learner.cpus=0.2", "cluster.judge.cpus=0.2"),
+    ]
+    try:
+        with started(cluster, tmp_path, "--until", "judge", *settings) as driver:
+            while not any((folder / ".resume").glob("1-rollouts/*/plain.jsonl")) and driver.poll() is None:
+                time.sleep(0.05)
+            cluster.remove_node(cluster.list_all_nodes()[1], allow_graceful=False)
+            said, errors = driver.communicate(timeout=500)
+    finally:
+        cluster.add_node(num_cpus=1, node_name="second")
+    assert driver.returncode == 0, said + errors
+    assert "a rollout actor died and is started again" in said
+    rows = load_from_disk(folder / "1" / "rollouts")
+    codec = Codec(folder / "0" / "base", UndoSettings(), "{question}\n")
+    problems = {one.id: one for one in read_problems(folder / "0" / "problems")}
+    asked = [Request(tuple(row["prompt_ids"]), row_seed(0, row["id"])) for row in rows]
+    engine = ScriptedEngine(folder / "0" / "base", folder / "0" / "problems")
+    made = engine.generate(asked, Sampling(1.0, 1.0, 96, codec.stop_id, logprobs=True))
+    assert [tuple(ids) for ids in rows["token_ids"]] == [one.token_ids for one in made] and len(set(rows["id"])) == 64 * 32
+    judged = judge_rows([(problems[row["problem"]], codec.decode(row["token_ids"]).text) for row in rows])
+    assert load_from_disk(folder / "1" / "judge")["correct"] == [one.verdict.correct for one in judged]
 
 
 def test_without_an_address_a_run_has_a_ray_of_its_own(cluster: Cluster, tmp_path: Path) -> None:

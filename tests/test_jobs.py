@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,6 @@ pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-ADDRESS = "http://127.0.0.1:8265"
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,24 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     env = {**os.environ, "HOME": str(home), "RAY_AUTH_MODE": "token", "PATH": f"{BIN}:{os.environ['PATH']}"}
     env.pop("RAY_ADDRESS", None)
     call(env, "ray", "get-auth-token", "--generate")
-    call(env, "ray", "start", "--head", "--dashboard-host", "127.0.0.1", "--num-cpus", "2", "--disable-usage-stats")
-    yield env
-    call(env, "ray", "stop", "--force")
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(str(free.getsockname()[1]))
+    env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{ports[1]}"  # where `ray job` and `ray list` look
+    start = ["ray", "start", "--head", "--block", "--port", ports[0], "--dashboard-host", "127.0.0.1", "--dashboard-port", ports[1]]
+    # Not `ray stop`, which would end every Ray of the machine: `--block` ends its own.
+    with subprocess.Popen([*start, "--num-cpus", "2", "--disable-usage-stats"], env=env, stdout=subprocess.DEVNULL) as head:
+        try:
+            for _ in range(100):
+                with socket.socket() as tried:
+                    if head.poll() is not None or not tried.connect_ex(("127.0.0.1", int(ports[1]))):
+                        break
+                time.sleep(0.5)
+            yield env
+        finally:
+            head.terminate()
 
 
 def call(env: dict[str, str], *command: str, check: bool = True) -> str:
@@ -43,7 +58,7 @@ def call(env: dict[str, str], *command: str, check: bool = True) -> str:
 def submit(env: dict[str, str], runs: Path, *overrides: str, wait: bool = True) -> str:
     how = [] if wait else ["--no-wait"]
     run = ["python", "run.py", "--config", "smoke", f"run.root={runs}", *overrides]
-    return call(env, "ray", "job", "submit", "--address", ADDRESS, "--working-dir", ".", *how, "--", *run)
+    return call(env, "ray", "job", "submit", "--working-dir", ".", *how, "--", *run)
 
 
 def test_a_job_is_stopped_leaves_no_actor_and_is_continued(cluster: dict[str, str], tmp_path: Path) -> None:
@@ -52,14 +67,14 @@ def test_a_job_is_stopped_leaves_no_actor_and_is_continued(cluster: dict[str, st
     assert found, log
     job = found[0]
     for _ in range(120):
-        log = call(cluster, "ray", "job", "logs", "--address", ADDRESS, job)
+        log = call(cluster, "ray", "job", "logs", job)
         if re.search(r"\[base\].*loss", log):
             break
         time.sleep(1)
     assert re.search(r"\[problems\] 104 rows", log) and re.search(r"\[base\].*loss", log), log
-    call(cluster, "ray", "job", "stop", "--address", ADDRESS, job)
+    call(cluster, "ray", "job", "stop", job)
     for _ in range(60):
-        actors = call(cluster, "ray", "list", "actors", "--address", ADDRESS, "--filter", "state=ALIVE")
+        actors = call(cluster, "ray", "list", "actors", "--filter", "state=ALIVE")
         if "LearnerActor" not in actors and "_Learner" not in actors:
             break
         time.sleep(1)

@@ -8,7 +8,7 @@ the main mode.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from math import exp
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from pipeline.config import EvaluateSettings
 from pipeline.metrics import Evaluated, Probed, acceptance, in_numbers, summarise, tokens_table
 from pipeline.passes import passes
 from pipeline.stages.io import Codec, read_problems, write_json, write_rows
+from pipeline.stages.kept import Kept, tuples
 from pipeline.stages.measured import Model, decode, evaluated, generate, requests_of, rolled_of
 from pipeline.stages.planted import OUTCOMES, biased_rows, planted_outcomes
 from pipeline.stages.probes import Case, own_errors, spread
@@ -81,15 +82,17 @@ def run(context: Context) -> None:
     chosen = [chosen[i] for i in fits]
     models = _models(context)
     rows: list[Evaluated] = []
-    total = len(models) * sum(
-        len(_told(asked, mode, at, chosen)) for at in (asked.temperature, *asked.also_at) for mode in asked.modes
-    )
-    with context.terminal.stage("evaluate", total) as progress:
+    of_model = sum(len(_told(asked, mode, at, chosen)) for at in (asked.temperature, *asked.also_at) for mode in asked.modes)
+    with context.terminal.stage("evaluate", len(models) * of_model) as progress, Kept(context.resume / "models.jsonl") as kept:
         for model in models:
-            progress.advance(0, model.name)
-            found = _evaluate(context, model, chosen, codec, lambda count, tokens: progress.advance(count))
-            context.rollouts.write([line for row in found for line in rolled_of(row, model.version)])
-            rows += found
+            if model.name not in kept.found:  # a killed run may have left it behind
+                progress.advance(0, model.name)
+                found = _evaluate(context, model, chosen, codec, lambda count, tokens: progress.advance(count))
+                context.rollouts.write([line for row in found for line in rolled_of(row, model.version)])
+                kept.add({model.name: [astuple(row) for row in found]})
+            else:
+                progress.advance(of_model, model.name)
+            rows += [Evaluated(*tuples(row)) for row in kept.found[model.name]]
     rows.sort(key=lambda row: row.temperature != asked.temperature)  # what is measured beside comes behind
     test = [problem for problem in chosen if problem.split == "test"]
     elected, samples = vote(context, models, rows, test, codec)

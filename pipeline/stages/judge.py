@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
+from typing import Any
 
 from datasets import Features, List, Value
 
@@ -14,12 +15,14 @@ from actors.localise import Case, Found, Localiser
 from actors.parts import Quarantined
 from pipeline.stages.graph import samples_prefixes
 from pipeline.stages.io import Codec, Text, read_problems, read_rows, write_rows
+from pipeline.stages.kept import Kept, tuples
 from pipeline.stages.rollouts import context_length
 from pipeline.stages.stage import Context
 from pipeline.tasks.problem import Problem
 from verifiers.judge import FirstError, Verdict
 from verifiers.localise import BinarySearch, PosteriorSearch, Search, symbolic_prior
-from verifiers.steps import token_span
+from verifiers.steps import Step, token_span
+from verifiers.task import Attempt
 from verifiers.tasks import judge_of
 
 FEATURES = Features(
@@ -53,11 +56,7 @@ def run(context: Context) -> None:
     texts = [codec.decode(ids) for ids in rollouts["token_ids"]]
     pairs = [(problems[problem], text.text) for problem, text in zip(rollouts["problem"], texts, strict=True)]
     context.workers.start()
-    found: list[Judged | Quarantined] = []
-    with context.terminal.stage("judge", len(pairs)) as progress:
-        for batch in judge_all(pairs, settings.judge.batch, settings.cluster.judge, settings.cluster.row_tries):
-            found += batch
-            progress.update(len(found))
+    found = _verdicts(context, rollouts["id"], pairs)
     judged = [one for one in found if isinstance(one, Judged)]
     if len(judged) < len(found):
         _leave_out(context, rollouts["id"], found)
@@ -80,6 +79,29 @@ def run(context: Context) -> None:
     located = sum(one.attempt is not None for one in judged)
     flawed = sum(one.verdict.correct and one.verdict.error is not None for one in judged)
     context.counts.update(rows=len(rows), right=right, wrong=len(rows) - right, located=located, right_with_a_wrong_step=flawed)
+
+
+def _verdicts(context: Context, ids: Sequence[str], pairs: Sequence[tuple[Problem, str]]) -> list[Judged | Quarantined]:
+    """One for each rollout. Those that a killed run had left behind are not made again."""
+    settings = context.settings
+    with context.terminal.stage("judge", len(ids)) as progress, Kept(context.resume / "verdicts.jsonl") as kept:
+        found: dict[str, Judged | Quarantined] = {row_id: judged_from(values) for row_id, values in kept.found.items()}
+        missing = [at for at, row_id in enumerate(ids) if row_id not in found]
+        names = iter([ids[at] for at in missing])
+        rows = [pairs[at] for at in missing]
+        for batch in judge_all(rows, settings.judge.batch, settings.cluster.judge, settings.cluster.row_tries):
+            named = {row_id: one for one, row_id in zip(batch, names, strict=False)}
+            kept.add({row_id: astuple(one) for row_id, one in named.items() if isinstance(one, Judged)})
+            found |= named
+            progress.update(len(found))
+    return [found[row_id] for row_id in ids]
+
+
+def judged_from(values: Sequence[Any]) -> Judged:
+    """The inverse of `astuple`, from what JSON has made of it."""
+    (correct, answer, steps, error, later), attempt = tuples(values)
+    verdict = Verdict(correct, answer, tuple(Step(*one) for one in steps), FirstError(*error) if error else None, later)
+    return Judged(verdict, Attempt(*attempt) if attempt else None)
 
 
 def _leave_out(context: Context, ids: Sequence[str], found: Sequence[Judged | Quarantined]) -> None:

@@ -162,38 +162,27 @@ class Store:
         """
         target = self.path(round, stage)
         settings = json.loads(_settings_json(stage, dict(settings)))
-        draft = Draft(self.root / ".tmp" / f"{stage}-{os.getpid()}-{uuid.uuid4().hex[:12]}")
         began = time.monotonic()
-        try:
-            draft.path.mkdir(parents=True)
-            with _flocked(draft.path):  # tells `RunLock` that this draft's process is alive
-                yield draft
-                files = _seal(draft.path)
-                manifest = Manifest(
-                    stage=stage,
-                    round=round,
-                    key=key,
-                    settings=settings,
-                    inputs=dict(inputs),
-                    counts={name: int(count) for name, count in draft.counts.items()},  # numpy's integers are no JSON
-                    seconds=time.monotonic() - began,
-                    seed=seed,
-                    versions=_versions(),
-                    files=files,
-                    digest=_sha256(_canonical(sorted(files.items()))),
-                    created=datetime.now(UTC).isoformat(timespec="seconds"),
-                )
-                _write_synced(draft.path / MANIFEST, manifest.to_json())
-                _sync_folder(draft.path)
-                self._put_in_place(draft.path, target)
-        except BaseException as error:
-            full = _disk_full(error) if isinstance(error, Exception) else None
-            free = shutil.disk_usage(_nearest_folder(draft.path)).free if full else 0  # before the draft's own bytes go
-            if draft.path.exists():
-                _remove_after(draft.path, error)
-            if full:
-                raise StoreError(f"{target} could not be written: {full}; {free:,} bytes are free there") from error
-            raise
+        with self._drafted(stage, target) as path:
+            draft = Draft(path)
+            yield draft
+            files = _seal(path)
+            manifest = Manifest(
+                stage=stage,
+                round=round,
+                key=key,
+                settings=settings,
+                inputs=dict(inputs),
+                counts={name: int(count) for name, count in draft.counts.items()},  # numpy's integers are no JSON
+                seconds=time.monotonic() - began,
+                seed=seed,
+                versions=_versions(),
+                files=files,
+                digest=_sha256(_canonical(sorted(files.items()))),
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+            _write_synced(path / MANIFEST, manifest.to_json())
+            _sync_folder(path)
 
     def here(self, round: int, stage: str) -> Path:
         """The folder of an output, to read from. A store at a URL fetches it first."""
@@ -261,6 +250,24 @@ class Store:
         if (manifest.round, manifest.stage) != (round, stage):
             raise StoreError(f"{folder}: holds the output of round {manifest.round}, stage {manifest.stage}")
         return manifest
+
+    @contextmanager
+    def _drafted(self, name: str, target: Path) -> Iterator[Path]:
+        """A folder to fill, put in the place of `target` at a clean exit, else removed. A full disk becomes a StoreError."""
+        draft = self.root / ".tmp" / f"{name}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        try:
+            draft.mkdir(parents=True)
+            with _flocked(draft):  # tells `RunLock` that this draft's process is alive
+                yield draft
+                self._put_in_place(draft, target)
+        except BaseException as error:
+            full = _disk_full(error) if isinstance(error, Exception) else None
+            free = shutil.disk_usage(_nearest_folder(draft)).free if full else 0  # before the draft's own bytes go
+            if draft.exists():
+                _remove_after(draft, error)
+            if full:
+                raise StoreError(f"{target} could not be written: {full}; {free:,} bytes are free there") from error
+            raise
 
     def _put_in_place(self, draft: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -7,14 +7,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.store import Draft, Manifest, RunLock, Store, StoreError, _flocked
+from pipeline.store import Draft, Manifest, RunLock, Store, StoreError
 from pipeline.store.lease import Lease
 from pipeline.store.mirror import Mirror
 from pipeline.store.remote import Remote
@@ -168,16 +167,8 @@ class SyncedStore(Store):
         return mine != there and self._noted(place) != there.to_json()
 
     def _fetch(self, place: Place) -> None:
-        draft = self.root / ".tmp" / f"fetched-{uuid.uuid4().hex[:12]}"
-        draft.mkdir(parents=True)
-        try:
-            with _flocked(draft):
-                manifest = self._downloaded(place, draft)
-                self._put_in_place(draft, self.path(*place))
-        except BaseException:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(draft)
-            raise
+        with self._drafted("fetched", self.path(*place)) as draft:
+            manifest = self._downloaded(place, draft)
         self._note(place, manifest)
         self._manifests[place] = manifest
         self._bad.discard(place)

@@ -18,8 +18,8 @@ from actors.cluster import ClusterError
 from actors.decode import HfDecoder
 from actors.parts import Quarantine, Quarantined, TooManyQuarantined, all_there
 from actors.policy import Policy, Sampled
-from actors.rollout import RolloutPool
-from actors.weights import Weights
+from actors.rollout import RolloutActor, RolloutPool
+from actors.weights import Probe, Weights, probe_of
 from actors.workers import Workers
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.backtrack.tree import Walk
@@ -120,6 +120,33 @@ def test_a_dead_actor_is_started_again_with_the_weights_of_now(
     ray.kill(pool._actors[1])
     pool.use(folders["one"], "one")  # one answers, the other begins with them
     assert len(said) == 3 and ids(pool.decode(REQUESTS, how, 8)[0]) == ids(expected(folders["one"]))
+
+
+def test_weights_sent_past_the_store_come_through_it_to_an_actor_that_is_started_again(
+    pool: RolloutPool, folders: dict[str, Path]
+) -> None:
+    how = decoding_of(folders["one"])[1]
+    one, two = (AutoModelForCausalLM.from_pretrained(folders[name]) for name in ("one", "two"))
+    weights, asked = ray.put(Weights.of(two, "float32")), []
+
+    def take(self: Any, weights: Weights) -> None:
+        self._engine.set_weights(weights.tensors())
+
+    def send(actors: list[Any]) -> Probe:
+        ray.get([actor.__ray_call__.remote(take, weights) for actor in actors])
+        return probe_of(two)
+
+    def again() -> Any:
+        asked.append(True)
+        return weights
+
+    pool.transfer(send, again, "two")
+    assert pool.decode(REQUESTS, how, 4)[1] == "two" and not asked
+    ray.kill(pool._actors[0])
+    found, version = pool.decode(REQUESTS, how, 4)
+    assert (ids(found), version, len(asked)) == (ids(expected(folders["two"])), "two", 1)
+    with pytest.raises(ClusterError, match="the engine does not generate with the weights of one: log-probabilities are off by"):
+        pool.transfer(lambda actors: probe_of(one), again, "one")
 
 
 def test_an_actor_that_hangs_is_killed_and_started_again(
@@ -239,6 +266,23 @@ def test_whoever_shares_the_pool_gets_to_know_of_new_actors(pool: RolloutPool, f
             wait([asked], timeout=0.5)
     assert ids(asked.result()[0]) == ids(expected(folders["one"]))
     assert len(said) == 2
+
+
+def test_one_that_finds_no_place_is_not_waited_for(
+    pool: RolloutPool, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node is gone, and no other has room for it."""
+    how = decoding_of(folders["one"])[1]
+    nowhere: Any = RolloutActor.options(num_cpus=1000)
+    monkeypatch.setattr(pool, "_start", lambda: nowhere.remote(str(folders["one"]), "one", SETTINGS, ROW_TOKENS, "never.log"))
+    ray.kill(pool._actors[0])
+    shared = pool.shared()
+    assert ids(pool.decode(REQUESTS, how, 4)[0]) == ids(expected(folders["one"]))
+    pool.use(folders["two"], "two")
+    assert ids(pool.decode(REQUESTS, how, 4)[0]) == ids(expected(folders["two"]))
+    pool.use(folders["one"], "one")
+    shared.replace(pool.tend())
+    assert ids(shared.decode(REQUESTS, how, 4)[0]) == ids(expected(folders["one"])) and len(pool._actors) == 2
 
 
 def test_a_model_that_does_not_load_is_not_tried_again(workers: Workers, folders: dict[str, Path], tmp_path: Path) -> None:

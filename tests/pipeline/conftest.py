@@ -1,8 +1,8 @@
-"""Codecs of every kind of tokenizer, each trained once for a file of tests."""
+"""Codecs of every kind of tokenizer, each trained once for a file of tests; stores that answer at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,3 +29,14 @@ def codecs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Codec]:
         return made[name, unit]
 
     return codec
+
+
+@pytest.fixture
+def a_store_that_works(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No pause between tries, and whatever a test made fail works again behind it."""
+    from pipeline.store import remote
+    from tests.pipeline.stores import Flaky
+
+    monkeypatch.setattr(remote, "_PAUSES", (0.0, 0.0))
+    yield
+    Flaky.before = staticmethod(lambda action, path: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,14 @@ class Flaky(MemoryFileSystem):
 
 
 fsspec.register_implementation("flaky", Flaky, clobber=True)
+
+
+_NUMBERS = itertools.count()
+
+
+def new_url(kind: str, folder: Path) -> str:
+    """Of a store of that kind, `file`, `memory` or `flaky`, in which nothing stands."""
+    return f"file://{folder}/there" if kind == "file" else f"{kind}://bucket/{next(_NUMBERS)}"
 
 
 def unreachable(action: str, path: str) -> None:

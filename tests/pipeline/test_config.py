@@ -101,6 +101,21 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
             "settings of several sections (set in FILE): search.rollout: step needs search.prm, run or a folder: the model",
         ),
         ("grpo: {loss: dr_grpo}", [], "grpo (set in FILE): loss dr_grpo needs scale: none, is group"),
+        (
+            "engine: {handover: nccl, kind: hf}\ngrpo: {steps: 1}",
+            [],
+            "settings of several sections (set in FILE): engine.handover: nccl needs vLLM, engine.kind is hf",
+        ),
+        (
+            "engine: {handover: nccl}\ngrpo: {steps: 1}\ncluster: {rollout: {gpus: 1}}",
+            [],
+            "settings of several sections (set in FILE): engine.handover: nccl needs cluster.learner.gpus of 1 or more, is 0",
+        ),
+        (
+            "engine: {handover: nccl}\ngrpo: {steps: 1, staleness: 1}\ncluster: {rollout: {gpus: 1}, learner: {gpus: 1}}",
+            [],
+            "settings of several sections (set in FILE): engine.handover: nccl needs grpo.staleness 0, is 1: engines would be busy",
+        ),
         ("grpo: {refill: 1, staleness: 1}", [], "grpo (set in FILE): refill needs staleness 0, is 1"),
         # wrong types
         ("run: {seed: 1.5}", [], "run.seed (set in FILE): should be a valid integer, not 1.5"),

@@ -100,8 +100,8 @@ class LocalWorkers:
         return probe(folder, rows)
 
 
-def evaluated(inputs: dict[str, Path], out: Path, settings: Settings) -> list[dict[str, Any]]:
-    """Rows of the stage, after checking that each model was loaded once for decoding."""
+def evaluated(inputs: dict[str, Path], out: Path, settings: Settings, done: int = 0) -> list[dict[str, Any]]:
+    """Rows of the stage, after checking that each model was loaded once for decoding, but those that a killed run was done with."""
     loaded: list[Path] = []
     load = HfDecoder.from_folder
 
@@ -116,6 +116,7 @@ def evaluated(inputs: dict[str, Path], out: Path, settings: Settings) -> list[di
             settings=settings,
             round=1,
             out=out,
+            resume=out.parent / f"{out.name}-resume",
             counts={}, rollouts=RolloutLog(None),
             inputs=inputs,
             digests={"model": "a", "sft": "b"},
@@ -123,7 +124,7 @@ def evaluated(inputs: dict[str, Path], out: Path, settings: Settings) -> list[di
             workers=LocalWorkers(learner._Learner("")),
         )
         evaluate.run(cast(Context, context))
-    wanted = [inputs["model"], inputs["sft"]] if {"rewind", "guided"} & set(settings.evaluate.modes) else []
+    wanted = [inputs["model"], inputs["sft"]][done:] if {"rewind", "guided"} & set(settings.evaluate.modes) else []
     asked = settings.evaluate
     behind = [inputs["sft"]] * bool(asked.samples or asked.planted or asked.biases)
     assert loaded == (wanted + [inputs["model"], *behind] if asked.votes else wanted)
@@ -172,6 +173,15 @@ def test_another_temperature_decodes_the_test_split_in_the_main_mode(inputs: dic
     hot = [row for row in rows[len(alone) :] if row["model"] == "sft"]
     assert [tuple(row["token_ids"]) for row in hot] == decoded(inputs["sft"], codec, how, test)
     assert {(row["mode"], row["split"], row["temperature"]) for row in rows[len(alone) :]} == {("rewind", "test", 0.9)}
+
+
+def test_a_killed_stage_decodes_again_only_models_that_it_was_not_done_with(inputs: dict[str, Path], tmp_path: Path) -> None:
+    settings = settings_of(modes=["rewind"])
+    whole = evaluated(inputs, tmp_path / "out", settings)
+    kept = tmp_path / "out-resume" / "models.jsonl"
+    first, _ = kept.read_bytes().splitlines(keepends=True)
+    kept.write_bytes(first)
+    assert evaluated(inputs, tmp_path / "out", settings, done=1) == whole
 
 
 def test_modes_share_the_first_tries_of_the_main_one(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipeline.store import StoreError
 from pipeline.store import lease as lease_module
-from pipeline.store import remote as remote_module
 from pipeline.store.lease import Lease
 from pipeline.store.mirror import Mirror
 from pipeline.store.remote import Remote
-from tests.pipeline.stores import Flaky, build, content, machine, reader, unreachable
+from tests.pipeline.stores import Flaky, build, content, machine, new_url, reader, unreachable
 
-_NUMBERS = itertools.count()
-
-
-@pytest.fixture(autouse=True)
-def a_store_that_works(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(remote_module, "_PAUSES", (0.0, 0.0))
-    yield
-    Flaky.before = staticmethod(lambda action, path: None)
+pytestmark = pytest.mark.usefixtures("a_store_that_works")
 
 
 @pytest.fixture(params=["flaky", "file"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return f"file://{tmp_path}/there" if request.param == "file" else f"flaky://leases/{next(_NUMBERS)}"
+    return new_url(request.param, tmp_path)
 
 
 class Watched:
@@ -185,7 +176,7 @@ class TestCheckpoints:
 
     def test_a_store_that_fails_is_warned_of_once_and_the_stage_goes_on(self, tmp_path: Path) -> None:
         said: list[str] = []
-        url, root = f"flaky://leases/{next(_NUMBERS)}", tmp_path / "a"
+        url, root = new_url("flaky", tmp_path), tmp_path / "a"
         with self.mirror(url, root, said) as mirror:
             Flaky.before = staticmethod(unreachable)
             self.checkpoint(root, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,33 +16,26 @@ import pytest
 from pipeline.cli import main
 from pipeline.store import StoreError
 from pipeline.store import __main__ as command
-from pipeline.store import remote as remote_module
 from pipeline.store.remote import Remote
 from pipeline.store.synced import SyncedStore, working_copy
 from pipeline.store.url import DamageError
-from tests.pipeline.stores import Flaky, build, content, hanging, machine, reader, unreachable
+from tests.pipeline.stores import Flaky, build, content, hanging, machine, new_url, reader, unreachable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OLD = {"data.arrow": "old" * 1000, "model/weights": "w", "empty": ""}
 NEW = {"data.arrow": "new" * 1000, "model/weights": "v", "more": "m"}
-_NUMBERS = itertools.count()
 
-
-@pytest.fixture(autouse=True)
-def a_store_that_works(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(remote_module, "_PAUSES", (0.0, 0.0))
-    yield
-    Flaky.before = staticmethod(lambda action, path: None)
+pytestmark = pytest.mark.usefixtures("a_store_that_works")
 
 
 @pytest.fixture(params=["memory", "file"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return f"file://{tmp_path}/there" if request.param == "file" else f"memory://bucket/{next(_NUMBERS)}"
+    return new_url(request.param, tmp_path)
 
 
 @pytest.fixture
-def flaky() -> str:
-    return f"flaky://bucket/{next(_NUMBERS)}"
+def flaky(tmp_path: Path) -> str:
+    return new_url("flaky", tmp_path)
 
 
 class TestOutputs:
