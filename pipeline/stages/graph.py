@@ -220,7 +220,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "evaluate",
-        5,
+        6,
         lambda round: (_PROBLEMS, _model(round), Input("sft", round, "sft")),
         lambda s: (
             _generation(s)
@@ -233,7 +233,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "experiment",
-        1,
+        2,
         lambda round: (_PROBLEMS, _model(1), Input("traces", 1, "traces")),
         lambda s: (
             _generation(s)
@@ -250,7 +250,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "report",
-        5,
+        6,
         lambda round: (
             _PROBLEMS,
             _BASE,
