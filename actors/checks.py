@@ -69,6 +69,8 @@ class Graded:
     correct: bool
     undos: int
     spurious: int
+    errors: int = 0
+    """That the judge finds in it."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class HeldOut:
     """Steps between two checks; one more is made before the first step and one behind the last."""
     errors: Sequence[HeldOutError] = ()
     decodes: Decodes | None = None
+    first_tries: Decodes | None = None
+    """Problems decoded with U forbidden: whether the training plants errors."""
 
 
 class Record(Protocol):
@@ -99,6 +103,7 @@ class Record(Protocol):
 
     probes: list[Measured]
     right_states: list[tuple[int, tuple[float, ...]]]
+    first_tries: list[tuple[int, tuple[bool, ...], tuple[int, ...]]]
 
 
 class Checks(TrainerCallback):
@@ -132,6 +137,8 @@ class Checks(TrainerCallback):
             self._record.probes += self._probe(model, step)
         if self._held_out.decodes:
             self._record.probes += decoded(model, step, self._held_out.decodes)
+        if self._held_out.first_tries:
+            self._record.probes += self._first_tries(model, step, self._held_out.first_tries)
         model.train(training)
 
     def _batch(self, model: Any, step: int, bf16: bool) -> list[Measured]:
@@ -154,6 +161,17 @@ class Checks(TrainerCallback):
             if abs(fast - slow) > (_ALLOWED_BF16 if bf16 else _ALLOWED) * max(1.0, slow):
                 raise CheckError(f"step {step}: the loss of a batch is {fast:.5f}, trace by trace it is {slow:.5f}")
         return [Measured(step, BATCH, name, value, None, None, len(numbers)) for name, value in found]
+
+    def _first_tries(self, model: Any, step: int, asked: Decodes) -> list[Measured]:
+        graded = _graded(model, asked)
+        self._record.first_tries.append((step, tuple(one.correct for one in graded), tuple(one.errors for one in graded)))
+        found = []
+        for group, members in _grouped(asked.hindsight):
+            right = share(sum(graded[index].correct for index in members), len(members))
+            errors = mean([float(graded[index].errors) for index in members], 0.0)
+            for name, one in (("first_try_accuracy", right), ("errors_per_try", errors)):
+                found += [Measured(step, group, name, **asdict(one))] if one else []
+        return found
 
     def _probe(self, model: Any, step: int) -> list[Measured]:
         cases = self._held_out.errors
@@ -185,8 +203,7 @@ def _grouped(hindsight: Sequence[bool]) -> Iterator[tuple[str, list[int]]]:
 
 def decoded(model: Any, step: int, asked: Decodes) -> list[Measured]:
     """Accuracy and undo rates of decoding, by kind of problem. `model` is in eval mode."""
-    emitted = HfDecoder(model, asked.max_num_seqs, asked.row_tokens).decode(asked.requests, asked.decoding)
-    graded = [asked.grade(index, one.ids) for index, one in enumerate(emitted)]
+    graded = _graded(model, asked)
     found = []
     for group, members in _grouped(asked.hindsight):
         some = [graded[index] for index in members]
@@ -197,6 +214,11 @@ def decoded(model: Any, step: int, asked: Decodes) -> list[Measured]:
         }
         found += [Measured(step, group, name, **asdict(one)) for name, k in hits.items() if (one := share(k, len(some)))]
     return found
+
+
+def _graded(model: Any, asked: Decodes) -> list[Graded]:
+    emitted = HfDecoder(model, asked.max_num_seqs, asked.row_tokens).decode(asked.requests, asked.decoding)
+    return [asked.grade(index, one.ids) for index, one in enumerate(emitted)]
 
 
 @contextmanager
@@ -253,6 +275,7 @@ _SAID = {
     "logp_error": "log p(error)",
     "accuracy": "accuracy",
     "undo_rate": "with undo",
+    "first_try_accuracy": "first tries right",
 }
 
 

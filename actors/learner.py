@@ -68,6 +68,8 @@ class Curve:
     """What the checks found, see checks.py."""
     right_states: list[tuple[int, tuple[float, ...]]] = field(default_factory=list)
     """(step, P(U) in each held-out right state)."""
+    first_tries: list[tuple[int, tuple[bool, ...], tuple[int, ...]]] = field(default_factory=list)
+    """(step, whether each held-out first try is right, the errors in it)."""
     step: int = 0
     steps: int = 0
     kept_step: int = 0

@@ -118,8 +118,8 @@ def calibrate(
     """
     from actors.decode import HfDecoder  # here, so that `--help` needs no torch
     from actors.engines import Completion
-    from pipeline.stages.evaluate import evaluated, evaluation_decoding, requests_of
     from pipeline.stages.io import Codec, read_problems
+    from pipeline.stages.measured import evaluated, evaluation_decoding, requests_of
     from pipeline.stages.prm import named_signal
     from pipeline.stages.probes import spread
     from pipeline.stages.sft import CONTROL

@@ -15,6 +15,7 @@ from pipeline.backtrack.curriculum import parse_schedule
 from pipeline.cluster_config import ClusterSettings
 from pipeline.dpo_config import DpoSettings
 from pipeline.engine_config import EngineSettings, check_handover
+from pipeline.evaluate_config import EvaluateSettings, SamplingSettings
 from pipeline.grpo_config import GrpoSettings, LoraSettings
 from pipeline.monitor_config import MonitorSettings
 from pipeline.prm_config import PrmSettings
@@ -108,12 +109,6 @@ class BaseSettings(Section):
         return prompt_template(value)
 
 
-class SamplingSettings(Section):
-    temperature: float = Field(1.0, ge=0, le=5, description="0 decodes greedily.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
-    max_tokens: int = Field(320, ge=1, le=131_072, description="Longest completion, deleted tokens included.")
-
-
 class RolloutSettings(SamplingSettings):
     mode: Literal["forbidden", "rewind"] = Field(
         "forbidden", description="First tries, undo forbidden; or tries with undo as in decode, of which what survives is judged."
@@ -201,6 +196,9 @@ class CheckSettings(Section):
 
     every: int | None = Field(300, ge=1, description="Steps between two checks, the start and the end included; null is none.")
     problems: int = Field(200, ge=1, le=100_000, description="Dev problems on which the start model's own errors are sampled.")
+    first_tries: int = Field(
+        100, ge=0, le=100_000, description="Dev problems decoded with undo forbidden: whether first tries get worse. 0: none."
+    )
 
 
 class RewardWeightSettings(Section):
@@ -309,49 +307,6 @@ class DecodeSettings(Section):
                 f"undo_bias has no effect beside a threshold: set undo_bias to 0, is {self.undo_bias}, "
                 f"or threshold to null, is {self.threshold}"
             )
-        return self
-
-
-class EvaluateSettings(SamplingSettings):
-    temperature: float = Field(0.0, ge=0, le=5, description="0 decodes greedily.")
-    also_at: list[Annotated[float, Field(ge=0, le=5)]] = Field(
-        [], description="More temperatures, at which the first mode decodes the test split again."
-    )
-    modes: list[Literal["rewind", "soft", "guided"]] = Field(
-        ["rewind", "soft"],
-        min_length=1,
-        description="Deleted text leaves the context (rewind; guided: by decode.signal), or stays (soft). The first accepts a "
-        "round, leads the page and is measured on all splits, the others on test.",
-    )
-    votes: int | None = Field(
-        None,
-        ge=0,
-        le=1024,
-        description="Samples of the clean control's majority vote; null: as many as spend sft's tokens, 3 at least.",
-    )
-    vote_temperature: float = Field(0.7, gt=0, le=5, description="Temperature of these.")
-    test: int | None = Field(None, ge=1, description="Problems of the test split; null takes all.")
-    dev: int = Field(350, ge=1, description="Problems of the dev split, on which a round is accepted.")
-    ood: int | None = Field(None, ge=1, description="Problems of the ood split; null takes all.")
-    accept_p: float = Field(
-        0.2,
-        gt=0,
-        le=1,
-        description="A round is refused where dev accuracy fell with a McNemar p of at most this; 1 refuses every fall.",
-    )
-    probes: int = Field(300, ge=1, description="Own errors on test problems at which P(undo) is measured.")
-
-    @field_validator("modes")
-    @classmethod
-    def _no_repeats(cls, value: list[str]) -> list[str]:
-        if len(set(value)) < len(value):
-            raise ValueError("must name each mode once")
-        return value
-
-    @model_validator(mode="after")
-    def _other_temperatures(self) -> Self:
-        if len({self.temperature, *self.also_at}) <= len(self.also_at):
-            raise ValueError(f"also_at must name other temperatures than {self.temperature:g}, each once, is {self.also_at}")
         return self
 
 

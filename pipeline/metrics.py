@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import isfinite
 from statistics import fmean
 from typing import Any
 
-from pipeline.statistics import auroc, paired, share
+from pipeline.statistics import auroc, bootstrap, paired, share
 
 TRAINED = ("grpo", "dpo", "sft")
 """Models that a round may end with, the last one first."""
 BASELINES = ("guided", "vote", "best_of_n")
 """Modes in which another detector, or more tokens, stand against trained undos."""
+
+KIND_GROUPS = ("all", "forward", "hindsight")
+"""The groups that every task has; the others are families."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,12 @@ class Evaluated:
     finish: str
     token_ids: Sequence[int]
     first_token_ids: Sequence[int]
+    steps: int = 0
+    """Of the gold solution: how difficult the problem is."""
+    undo_lengths: Sequence[int] = ()
+    """Tokens that each run of undo tokens took back; 0 for a run that met nothing."""
+    first_errors: int = 0
+    """Errors that the judge finds in the first try."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +184,8 @@ def _accuracy(correct: Sequence[bool]) -> dict[str, Any]:
 
 def _first_try(row: Evaluated) -> Evaluated:
     ids = row.first_token_ids
-    return replace(row, correct=row.first_correct, tokens=len(ids), token_ids=ids, undos=0, noops=0, spurious=0)
+    undone = replace(row, undos=0, noops=0, spurious=0, undo_lengths=())
+    return replace(undone, correct=row.first_correct, tokens=len(ids), token_ids=ids)
 
 
 def tokens_table(evaluations: Sequence[dict[str, Any]]) -> list[str]:
@@ -191,9 +202,11 @@ def tokens_table(evaluations: Sequence[dict[str, Any]]) -> list[str]:
 def figures(rows: Sequence[Evaluated]) -> dict[str, Any]:
     """What is said of rows of one model and mode. Rates are shares of problems: with an undo, a spurious or a no-op one."""
     n = len(rows)
+    tokens = bootstrap([row.tokens for row in rows])
     return _accuracy([row.correct for row in rows]) | {
         "first_try_accuracy": sum(row.first_correct for row in rows) / n if n else None,
-        "tokens_per_problem": fmean(row.tokens for row in rows) if n else None,
+        "tokens_per_problem": tokens.value if tokens else None,
+        "tokens_ci95": [tokens.low, tokens.high] if tokens and tokens.low is not None else None,
         "undo_rate": sum(row.undos > 0 for row in rows) / n if n else None,
         "undos_per_problem": fmean(row.undos for row in rows) if n else None,
         "spurious_undo_rate": sum(row.spurious > 0 for row in rows) / n if n else None,
@@ -218,7 +231,7 @@ def _compare(chosen: dict[tuple[str, str], list[Evaluated]], main: str, trained:
         difference = paired(before, [row.correct for row in own])
         if difference:
             place = {"before": name, "after": f"{trained} {main}"}
-            interval = {"ci95": [difference.low, difference.high]}
+            interval = {"ci95": None if difference.low is None else [difference.low, difference.high]}
             counts = {key: value for key, value in asdict(difference).items() if key not in ("low", "high")}
             found.append(place | counts | interval)
     return found
@@ -233,8 +246,13 @@ def _detection(probes: Sequence[Probed], round: int, model: str, group: str, bel
         "model": model,
         "group": group,
         "n": len(some),
-        "p_undo_error": fmean(wrong) if some else None,
-        "p_undo_right": fmean(right) if some else None,
+        "p_undo_error": average(wrong),
+        "p_undo_right": average(right),
         "auroc": auroc(wrong, right),
-        "logp_error_change": fmean(probe.logp_error - start[probe.problem] for probe in some) if some else None,
+        "logp_error_change": average([probe.logp_error - start[probe.problem] for probe in some]),
     }
+
+
+def average(values: Sequence[float]) -> float | None:
+    """The mean; None where there is no value, or one that is no number: what a model could not say is missing, not 0."""
+    return fmean(values) if values and all(map(isfinite, values)) else None

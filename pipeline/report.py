@@ -6,24 +6,18 @@ untrusted: the template escapes everything, and `visible` takes out characters t
 
 from __future__ import annotations
 
-import io
-import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from pipeline.backtrack.undo import UndoRule, apply_undo
 from pipeline.config import DecodeSettings
+from pipeline.figures import Plot, figures, is_number
 from pipeline.metrics import TRAINED
 
 NONE = "–"
@@ -39,6 +33,8 @@ MEASURES = (
     ("p_undo_error", "P(U | own error)"),
     ("p_undo_right", "P(U | right)"),
     ("p_correction", "P(correction | after undo)"),
+    ("first_try_accuracy", "first tries right"),
+    ("errors_per_try", "errors in a first try"),
 )
 """What an experiment measures, with the words for it."""
 KINDS = ("all", "forward", "hindsight")
@@ -57,9 +53,6 @@ _PHRASES = {
     "dpo": "the model after preferences",
     "grpo_control": "the control after GRPO",
 }
-# Colours of the figures, replaced by the page's own so that they follow light and dark.
-_INK, _RULE, _SERIES = "#010203", "#040506", ("#070809", "#0a0b0c", "#0d0e0f", "#101112")
-_STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -130,31 +123,6 @@ class JudgedShown:
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of a figure: (step, value) points."""
-
-    name: str
-    points: Sequence[Sequence[float]]
-    band: Sequence[Sequence[float]] = ()
-    """(step, low, high) of an interval, drawn as a band."""
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One figure; drawn when any of its lines has a point."""
-
-    title: str
-    lines: Sequence[Line]
-    percent: bool = False
-    kept_step: int | None = None
-    """Step whose weights were kept, marked by an upright line."""
-    bars: bool = False
-    """Upright bars at whole numbers in place of lines, for a histogram."""
-    whole: bool = True
-    """Whether a percentage is drawn from 0 to 100, or as far as it goes."""
-
-
-@dataclass(frozen=True)
 class CountTable:
     """Counts by row and column; the first row, `all`, sums the others."""
 
@@ -163,6 +131,28 @@ class CountTable:
     """What the rows are."""
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the last round shows beside accuracies: records as in `metrics.json`, and figures of them."""
+
+    difficulty: Sequence[Mapping[str, Any]] = ()
+    passes: Sequence[Mapping[str, Any]] = ()
+    biases: Sequence[Mapping[str, Any]] = ()
+    hazards: Sequence[Mapping[str, Any]] = ()
+    interventions: Sequence[Mapping[str, Any]] = ()
+    audits: Sequence[Mapping[str, Any]] = ()
+    """Of planted errors, see pipeline/breakdown.py."""
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    """Words for kinds of planted texts."""
+    sampled: Sequence[Plot] = ()
+    lengths: Sequence[Plot] = ()
+    hazard_plots: Sequence[Plot] = ()
+    bias_plots: Sequence[Plot] = ()
+    audit_plots: Sequence[Plot] = ()
+    missing: Sequence[str] = ()
+    """What the run has not measured, in words."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +173,7 @@ class Page:
     experiment: Sequence[Plot] = ()
     compared: Mapping[str, Any] = field(default_factory=dict)
     """What `metrics.json` of an experiment holds."""
+    evidence: Evidence = field(default_factory=Evidence)
     tables: Sequence[CountTable] = ()
     histograms: Sequence[Plot] = ()
     judged: Sequence[JudgedShown] = ()
@@ -202,11 +193,12 @@ def templates(*more: Path) -> Environment:
         "count": count,
         "p_value": p_value,
         "points": points,
-        "reach": lambda ends: f"{points(ends[0])} to {points(ends[1])}",
+        "reach": lambda ends: f"{points(ends[0])} to {points(ends[1])}" if ends else NONE,
         "visible": visible,
         "clip": clip,
         "settings": lambda changes: ", ".join(f"{key} {value}" for key, value in changes.items()) or "nothing",
         "label": lambda model: LABELS.get(model, model),
+        "planted_word": planted_word,
     }
     environment.filters |= filters
     return environment
@@ -243,9 +235,11 @@ def render(page: Page) -> str:
         comparisons=comparisons,
         also_at=_also_at(page, last, compared),
         phrase=phrase,
-        figures=_figures(page.plots, "plot"),
-        histograms=_figures(page.histograms, "histogram"),
-        experiment=_figures(page.experiment, "experiment"),
+        evidence=page.evidence,
+        figures_of=lambda name: figures(getattr(page.evidence, name), name),
+        figures=figures(page.plots, "plot"),
+        histograms=figures(page.histograms, "histogram"),
+        experiment=figures(page.experiment, "experiment"),
         measures=MEASURES,
         last_measures=_last_measures(page.compared),
     )
@@ -295,35 +289,43 @@ def in_words(comparison: Mapping[str, Any]) -> str:
     """One sentence for a pair: gains and losses alike, and whether the interval leaves 0 out."""
     difference = comparison["difference"]
     gap = f"{abs(100 * difference):.1f} points {'above' if difference > 0 else 'below'}" if difference else "level with"
-    low, high = comparison["ci95"]
+    ends = comparison["ci95"]
+    told = f"95{NBSP}% interval {points(ends[0])} to {points(ends[1])}" if ends else "too few problems for an interval"
     trained = comparison["after"].split()[0]
     place = "all problems" if comparison["group"] == "all" else f"{comparison['group']} problems"
     sentence = (
         f"{trained} is {gap} {phrase(comparison['before'], trained)} on {place} ({comparison['split']}): "
-        f"95{NBSP}% interval {points(low)} to {points(high)}, McNemar p{NBSP}{p_value(comparison['mcnemar_p'])}, "
+        f"{told}, McNemar p{NBSP}{p_value(comparison['mcnemar_p'])}, "
         f"{comparison['gained']} gained, {comparison['lost']} lost, n{NBSP}{count(comparison['n'])}"
     )
-    return f"{sentence}; not decided at this n." if low <= 0 <= high else f"{sentence}."
+    return f"{sentence}." if ends and not ends[0] <= 0 <= ends[1] else f"{sentence}; not decided at this n."
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and isfinite(value)
+def planted_word(audit: Mapping[str, Any]) -> str:
+    """What an audit of planted errors says: p below .05 counts, as nothing else does here."""
+    worse = {"accuracy_trend": -1, "errors_trend": 1}
+    found = [(audit[key], sign) for key, sign in worse.items() if audit[key]]
+    if any(one["p"] < 0.05 and one["slope"] * sign > 0 for one, sign in found):
+        return "first tries get worse"
+    if any(one["p"] < 0.05 for one, _ in found):
+        return "first tries get better"
+    return "no trend at this n"
 
 
 def percent(value: Any) -> str:
-    return f"{100 * value:.1f}{NBSP}%" if _is_number(value) else NONE
+    return f"{100 * value:.1f}{NBSP}%" if is_number(value) else NONE
 
 
 def interval(value: Any) -> str:
     """Two shares as percent, such as `71.2 to 78.0`."""
-    if not isinstance(value, Sequence) or isinstance(value, str) or not all(_is_number(end) for end in value):
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(is_number(end) for end in value):
         return NONE
     return f"{100 * value[0]:.1f} to {100 * value[1]:.1f}"
 
 
 def number(value: Any, digits: int = 1, sign: bool = False) -> str:
     """A value too small for its digits is shown as such, since 0 is another finding."""
-    if not _is_number(value):
+    if not is_number(value):
         return NONE
     if sign:
         return signed(value, digits)
@@ -340,15 +342,15 @@ def signed(value: float, digits: int = 1) -> str:
 
 def points(share: float) -> str:
     """A difference of two shares in percentage points."""
-    return signed(100 * share)
+    return signed(100 * share) if is_number(share) else NONE
 
 
 def count(value: Any) -> str:
-    return f"{value:,}" if _is_number(value) else NONE
+    return f"{value:,}" if is_number(value) else NONE
 
 
 def p_value(value: Any) -> str:
-    if not _is_number(value):
+    if not is_number(value):
         return NONE
     return f"<{NBSP}0.001" if value < 0.001 else f"{value:.3f}"
 
@@ -410,67 +412,3 @@ def tabulate(title: str, head: str, columns: Sequence[str], counts: Mapping[tupl
 def _last_measures(compared: Mapping[str, Any]) -> Callable[..., Mapping[str, Any]]:
     """Lookup by variant, group and measure of what an experiment measured at each variant's last step."""
     return _finder(sorted(compared.get("measures", ()), key=lambda row: row["step"]), "variant", "group", "name")
-
-
-def _figures(plots: Sequence[Plot], name: str) -> list[Markup]:
-    return [figure(plot, f"{name}{i}") for i, plot in enumerate(plots) if any(line.points for line in plot.lines)]
-
-
-def figure(plot: Plot, name: str) -> Markup:
-    """An inline SVG in the page's own colours; lines differ by dashes too. `name` keeps the ids of one page apart."""
-    settings: dict[Any, Any] = {
-        "svg.hashsalt": name,
-        "svg.fonttype": "none",
-        "font.size": 9,
-        "text.color": _INK,
-        "axes.edgecolor": _RULE,
-        "axes.labelcolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-        "grid.color": _RULE,
-        "grid.linewidth": 0.6,
-    }
-    with matplotlib.rc_context(settings):
-        drawing = Figure(figsize=(4.4, 2.7), layout="constrained")
-        axes = drawing.add_subplot()
-        drawn = [line for line in plot.lines if line.points]
-        for i, line in enumerate(drawn):
-            steps, values = zip(*line.points, strict=True)
-            if plot.bars:
-                axes.bar(steps, values, width=0.7, color=_SERIES[i % len(_SERIES)], label=line.name)
-                continue
-            if line.band:
-                places, low, high = zip(*line.band, strict=True)
-                axes.fill_between(places, low, high, color=_SERIES[i % len(_SERIES)], alpha=0.15, linewidth=0)
-            marker = "o" if len(values) < 30 else ""
-            style: dict[str, Any] = {
-                "color": _SERIES[i % len(_SERIES)],
-                "linestyle": _STYLES[(i + i // len(_SERIES)) % len(_STYLES)],
-                "marker": marker,
-            }
-            axes.plot(steps, values, **style, linewidth=1.6, markersize=3, clip_on=False, label=line.name)
-        if plot.percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if plot.whole else None, symbol=" %"))
-            axes.set_ylim(0, 1 if plot.whole else None)
-        elif all(value >= 0 for line in drawn for _, value in line.points):
-            axes.set_ylim(bottom=0)
-        if plot.kept_step is not None:
-            axes.axvline(plot.kept_step, color=_INK, linewidth=0.8, linestyle=":", label=f"kept, step {plot.kept_step}")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.set_xlabel("step")
-        axes.grid(axis="y")
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(length=0)
-        if len(drawn) > 1 or plot.kept_step is not None:
-            axes.legend(frameon=False)
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        drawing.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)  # it would hold for the whole page
-    svg = re.sub(r' width="[^"]*" height="[^"]*"', ' role="img"', svg, count=1)
-    svg = re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", svg)
-    for colour, variable in ((_INK, "ink"), (_RULE, "rule"), *((colour, f"series-{i + 1}") for i, colour in enumerate(_SERIES))):
-        svg = svg.replace(colour, f"var(--{variable})")
-    return Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(plot.title, Markup(svg))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 from datasets import load_from_disk
@@ -161,12 +162,19 @@ def test_the_death_of_a_node_with_its_actors(cluster: Cluster, tmp_path: Path) -
         with started(cluster, tmp_path, "--until", "judge", *settings) as driver:
             while not any((folder / ".resume").glob("1-rollouts/*/rows.arrow")) and driver.poll() is None:
                 time.sleep(0.05)
-            cluster.remove_node(cluster.list_all_nodes()[1], allow_graceful=False)
+            (second,) = cluster.worker_nodes
+            there = psutil.Process(second.all_processes["raylet"][0].process.pid).children(recursive=True)
+            working = [one for one in there if any(part.startswith("ray::_Rollout") for part in one.cmdline())]
+            for one in working:
+                one.suspend()  # with batches that it shall not finish before its end
+            cluster.remove_node(second, allow_graceful=False)
+            for one in working:
+                one.kill()
             said, errors = driver.communicate(timeout=500)
     finally:
         cluster.add_node(num_cpus=1, node_name="second")
     assert driver.returncode == 0, said + errors
-    assert "a rollout actor died and is started again" in said
+    assert len(working) == 1 and "a rollout actor died and is started again" in said
     rows = load_from_disk(folder / "1" / "rollouts")
     codec = Codec(folder / "0" / "base", UndoSettings(), "{question}\n")
     problems = {one.id: one for one in read_problems(folder / "0" / "problems")}

@@ -30,14 +30,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     env.pop("RAY_ADDRESS", None)
     call(env, "ray", "get-auth-token", "--generate")
     ports = []
-    for _ in range(2):
+    for _ in range(3):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             ports.append(str(free.getsockname()[1]))
     env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{ports[1]}"  # where `ray job` and `ray list` look
-    start = ["ray", "start", "--head", "--block", "--port", ports[0], "--dashboard-host", "127.0.0.1", "--dashboard-port", ports[1]]
+    start = ["ray", "start", "--head", "--block", "--dashboard-host", "127.0.0.1", "--num-cpus", "2", "--disable-usage-stats"]
+    for option, port in zip(("port", "dashboard-port", "dashboard-agent-listen-port"), ports, strict=True):
+        start += [f"--{option}", port]
     # Not `ray stop`, which would end every Ray of the machine: `--block` ends its own.
-    with subprocess.Popen([*start, "--num-cpus", "2", "--disable-usage-stats"], env=env, stdout=subprocess.DEVNULL) as head:
+    with subprocess.Popen(start, env=env, stdout=subprocess.DEVNULL) as head:
         try:
             for _ in range(100):
                 with socket.socket() as tried:
@@ -58,7 +60,12 @@ def call(env: dict[str, str], *command: str, check: bool = True) -> str:
 def submit(env: dict[str, str], runs: Path, *overrides: str, wait: bool = True) -> str:
     how = [] if wait else ["--no-wait"]
     run = ["python", "run.py", "--config", "smoke", f"run.root={runs}", *overrides]
-    return call(env, "ray", "job", "submit", "--working-dir", ".", *how, "--", *run)
+    for _ in range(60):
+        log = call(env, "ray", "job", "submit", "--working-dir", ".", *how, "--", *run, check=False)
+        if "No available agent" not in log:  # Ray's own, which takes jobs some seconds after the dashboard is there
+            break
+        time.sleep(1)
+    return log
 
 
 def test_a_job_is_stopped_leaves_no_actor_and_is_continued(cluster: dict[str, str], tmp_path: Path) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from fractions import Fraction
 
+from pipeline.passes import plurality
 from verifiers.answers import extract_answer, parse_number
 
 
@@ -23,14 +22,18 @@ def majority(texts: Sequence[str]) -> int:
     """
     if not texts:
         raise ValueError("a vote needs at least one text")
-    answers = [_answer(text) for text in texts]
-    counts = Counter(answer for answer in answers if answer is not None)
-    return answers.index(counts.most_common(1)[0][0]) if counts else 0
+    return plurality([answer_key(text) for text in texts])
 
 
-def _answer(text: str) -> Fraction | str | None:
+def answer_key(text: str) -> str | None:
+    """The answer of a text, equal numbers spelt alike; None where it gives none.
+
+    Example:
+        >>> answer_key("#### 4.0") == answer_key("#### 4")
+        True
+    """
     found = extract_answer(text)
     if found is None:
         return None
     number = parse_number(found)
-    return found if number is None else number
+    return found if number is None else str(number)

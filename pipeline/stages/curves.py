@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.report import MEASURES, Line, Plot
+from pipeline.figures import Line, Plot
+from pipeline.report import MEASURES
 
 _KINDS = ("hindsight", "forward")
 
@@ -134,7 +135,7 @@ def experiment_plots(compared: Mapping[str, Any]) -> list[Plot]:
         for group in ("all", *_KINDS) if name in ("logp_error", "accuracy") else ("all",):
             of_kind = "" if group == "all" else f", {group}"
             lines = [_line(variant, points) for variant, points in found.get((group, name), {}).items()]
-            plots.append(Plot(f"{title}{of_kind}", lines, name != "logp_error", whole=False))
+            plots.append(Plot(f"{title}{of_kind}", lines, name not in ("logp_error", "errors_per_try"), whole=False))
     return plots
 
 

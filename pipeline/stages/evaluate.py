@@ -7,32 +7,30 @@ the main mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple
 from math import exp
 from pathlib import Path
 
 from datasets import Features, Value
 from datasets import List as ListOf
 
-from actors.engines import Completion, Request, Sampling
-from actors.parts import all_there
-from pipeline.backtrack.cursor import DecodeRequest, Decoding, Mode
-from pipeline.backtrack.undo import apply_undo
-from pipeline.config import Settings
+from pipeline.backtrack.cursor import DecodeRequest, Mode
+from pipeline.breakdown import by_bias, by_difficulty, undo_lengths_by_model
+from pipeline.causal import hazards, interventions
+from pipeline.config import EvaluateSettings
 from pipeline.metrics import Evaluated, Probed, acceptance, in_numbers, summarise, tokens_table
-from pipeline.rollout_log import Rolled
-from pipeline.stages.io import Codec, decoding_of, read_problems, write_json, write_rows
+from pipeline.passes import passes
+from pipeline.stages.io import Codec, read_problems, write_json, write_rows
 from pipeline.stages.kept import Kept, tuples
-from pipeline.stages.prm import MODEL as PRM
-from pipeline.stages.prm import named_signal
-from pipeline.stages.probes import own_errors, spread, spurious_undos
-from pipeline.stages.rollouts import context_length, rolled, row_seed, within_context
+from pipeline.stages.measured import Model, decode, evaluated, generate, requests_of, rolled_of
+from pipeline.stages.planted import OUTCOMES, biased_rows, planted_outcomes
+from pipeline.stages.probes import Case, own_errors, spread
+from pipeline.stages.rollouts import within_context
 from pipeline.stages.sft import CONTROL
 from pipeline.stages.stage import Context
-from pipeline.stages.votes import VOTE, elected, requests_for, votes_needed
+from pipeline.stages.votes import SAMPLES, vote
 from pipeline.tasks.problem import Problem
-from verifiers.tasks import judge_of
 
 ROWS = Features(
     {
@@ -52,6 +50,9 @@ ROWS = Features(
         "finish": Value("string"),
         "token_ids": ListOf(Value("int32")),
         "first_token_ids": ListOf(Value("int32")),
+        "steps": Value("int32"),
+        "undo_lengths": ListOf(Value("int32")),
+        "first_errors": Value("int32"),
     }
 )
 PROBES = Features(
@@ -68,15 +69,6 @@ PROBES = Features(
 )
 
 
-@dataclass(frozen=True)
-class Model:
-    """One model under evaluation."""
-
-    name: str
-    folder: Path
-    version: str
-
-
 def run(context: Context) -> None:
     settings = context.settings
     codec = Codec(context.inputs["model"], settings.undo, settings.base.prompt)
@@ -90,8 +82,7 @@ def run(context: Context) -> None:
     chosen = [chosen[i] for i in fits]
     models = _models(context)
     rows: list[Evaluated] = []
-    beside = (len(asked.modes) - 1 + len(asked.also_at)) * sum(problem.split == "test" for problem in chosen)
-    of_model = len(chosen) + beside
+    of_model = sum(len(_told(asked, mode, at, chosen)) for at in (asked.temperature, *asked.also_at) for mode in asked.modes)
     with context.terminal.stage("evaluate", len(models) * of_model) as progress, Kept(context.resume / "models.jsonl") as kept:
         for model in models:
             if model.name not in kept.found:  # a killed run may have left it behind
@@ -103,14 +94,32 @@ def run(context: Context) -> None:
                 progress.advance(of_model, model.name)
             rows += [Evaluated(*tuples(row)) for row in kept.found[model.name]]
     rows.sort(key=lambda row: row.temperature != asked.temperature)  # what is measured beside comes behind
-    rows += _votes(context, models, rows, chosen, codec)
+    test = [problem for problem in chosen if problem.split == "test"]
+    elected, samples = vote(context, models, rows, test, codec)
+    rows += elected
+    biased = biased_rows(context, models[-1], rows, test, codec)
     with context.terminal.stage("probes", None) as progress:
-        probes = _probe(context, models, [p for p in chosen if p.split == "test"], codec)
+        cases = own_errors(context, models[0].folder, models[0].version, test, codec)[: asked.probes]
+        probes = _probe(context, models, cases)
         progress.update(len(probes))
-    write_rows([asdict(row) for row in rows], ROWS, context.out)
-    write_rows([asdict(row) for row in probes], PROBES, context.out / "probes")
-    main = asked.modes[0]
-    metrics = summarise(rows, probes, context.round, main)
+    outcomes = planted_outcomes(context, models[1:], test, cases, codec)
+    for some, features, folder in (
+        (rows, ROWS, context.out),
+        (probes, PROBES, context.out / "probes"),
+        (samples, SAMPLES, context.out / "samples"),
+        (biased, ROWS, context.out / "biases"),
+        (outcomes, OUTCOMES, context.out / "planted"),
+    ):
+        write_rows([asdict(row) for row in some], features, folder)
+    main, round = asked.modes[0], context.round
+    metrics = summarise(rows, probes, round, main) | {
+        "difficulty": list(by_difficulty(rows, round)),
+        "undo_lengths": list(undo_lengths_by_model(rows, round)),
+        "passes": list(passes(samples, round)),
+        "biases": list(by_bias(biased, round)),
+        "hazards": list(hazards(outcomes, round)),
+        "interventions": list(interventions(outcomes, round)),
+    }
     for line in tokens_table(metrics["evaluations"]):
         context.terminal.info(line)
     metrics |= acceptance(rows, main, asked.accept_p) | {"mode": main}
@@ -147,168 +156,54 @@ def _evaluate(
     context: Context, model: Model, problems: Sequence[Problem], codec: Codec, on_rows: Callable[[int, int], None]
 ) -> list[Evaluated]:
     asked = context.settings.evaluate
-    test = [problem for problem in problems if problem.split == "test"]
-    rows = _at(context, model, problems, asked.temperature, asked.modes, codec, on_rows)
-    for temperature in asked.also_at:
-        rows += _at(context, model, test, temperature, asked.modes[:1], codec, on_rows)
+    rows = []
+    for temperature in (asked.temperature, *asked.also_at):
+        of_mode = {mode: _told(asked, mode, temperature, problems) for mode in asked.modes}
+        rows += _at(context, model, {mode: some for mode, some in of_mode.items() if some}, temperature, codec, on_rows)
     return rows
+
+
+def _told(asked: EvaluateSettings, mode: Mode, temperature: float, problems: Sequence[Problem]) -> list[Problem]:
+    """What a mode decodes at a temperature: the first mode at the first one decodes everything, and dev is for it alone."""
+    first, leads = temperature == asked.temperature, mode == asked.modes[0]
+    if not (asked.everywhere or first or leads):
+        return []
+    splits = {"test", *(("ood",) if asked.everywhere or first and leads else ()), *(("dev",) if first and leads else ())}
+    return [problem for problem in problems if problem.split in splits]
 
 
 def _at(
     context: Context,
     model: Model,
-    problems: Sequence[Problem],
+    of_mode: Mapping[Mode, Sequence[Problem]],
     temperature: float,
-    modes: Sequence[Mode],
     codec: Codec,
     on_rows: Callable[[int, int], None],
 ) -> list[Evaluated]:
-    """The first mode on all of the problems, the others on those of the test split."""
-    main = modes[0]
-    of_mode = {mode: [i for i, p in enumerate(problems) if mode == main or p.split == "test"] for mode in modes}
-    written = {
-        mode: _decode(context, model, [problems[i] for i in of_mode[mode]], temperature, codec, mode, on_rows) for mode in modes
-    }
+    """Rows of the modes at one temperature, each on its problems; the first one has all that the others have."""
+    main = next(iter(of_mode))
+
+    def wanted(problems: Sequence[Problem]) -> list[DecodeRequest]:
+        return requests_of(context.settings, codec, problems)
+
+    written = {mode: decode(context, model, wanted(some), temperature, codec, mode, on_rows) for mode, some in of_mode.items()}
     # First tries come from the engine of the main mode with the same seeds, so that undo alone makes a difference. Without an
     # undo token a row is its own first try, unless U was among the ids that were drawn from.
     drawn = temperature > 0 and (main == "soft" or (main == "rewind" and context.settings.decode.threshold is None))
-    again = [i for i, done in enumerate(written[main]) if drawn or codec.rule.undo_id in done.token_ids]
-    decode_first = _generate if main == "soft" else _decode
-    tried = decode_first(context, model, [problems[i] for i in again], temperature, codec, "forbidden")
-    first = dict(enumerate(written[main])) | dict(zip(again, tried, strict=True))
+    done_first = list(zip(of_mode[main], written[main], strict=True))
+    again = [problem for problem, done in done_first if drawn or codec.rule.undo_id in done.token_ids]
+    decode_first = generate if main == "soft" else decode
+    tried = decode_first(context, model, wanted(again), temperature, codec, "forbidden")
+    first = {problem.id: done for problem, done in done_first} | dict(zip([one.id for one in again], tried, strict=True))
     return [
-        evaluated(model.name, mode, temperature, problems[i], done, first[i], codec)
+        evaluated(model.name, mode, temperature, problem, done, first[problem.id], codec)
         for mode, rows in written.items()
-        for i, done in zip(of_mode[mode], rows, strict=True)
+        for problem, done in zip(of_mode[mode], rows, strict=True)
     ]
 
 
-def _votes(
-    context: Context, models: Sequence[Model], rows: Sequence[Evaluated], problems: Sequence[Problem], codec: Codec
-) -> list[Evaluated]:
-    """The clean control, or the start model where there is none, by majority vote on the test split."""
-    asked, trained = context.settings.evaluate, models[-1].name
-    model = next(one for one in reversed(models) if one.name in ("clean_control", "base"))
-    test = [problem for problem in problems if problem.split == "test"]
-    if asked.votes == 0 or not test:
-        return []
-    main = [row for row in rows if (row.mode, row.split, row.temperature) == (asked.modes[0], "test", asked.temperature)]
-    spent, own = ([row for row in main if row.model == name] for name in (trained, model.name))
-    count = votes_needed(spent, own) if asked.votes is None else asked.votes
-    wanted = requests_for(test, codec, count, context.settings.run.seed)
-    decoding = evaluation_decoding(context.settings, codec, "forbidden", asked.vote_temperature)
-    with context.terminal.stage("votes", len(wanted)) as progress:
-        done = context.workers.decode(
-            model.folder, wanted, decoding, context_length(context), lambda count, tokens: progress.advance(count)
-        )
-    completions = [Completion(one.ids, (), one.finish) for one in done]
-    names = [(f"{test[i // count].id}#{model.name}.{VOTE}.{i % count}", test[i // count].id) for i in range(len(done))]
-    context.rollouts.write(rolled(names, done, model.version, VOTE, asked.vote_temperature))
-    by_problem = {row.problem: row for row in own}
-    found = elected(test, completions, count, by_problem, codec)
-    if verifiers := context.inputs.get("prm"):
-        states = [(request.prompt_ids, one.token_ids) for request, one in zip(wanted, completions, strict=True)]
-        values = context.workers.verifiers().step_values(verifiers / PRM, states)
-        found += elected(test, completions, count, by_problem, codec, values, context.settings.prm.score)
-    return found
-
-
-def _silent(rows: int, tokens: int) -> None: ...
-
-
-def _decode(
-    context: Context,
-    model: Model,
-    problems: Sequence[Problem],
-    temperature: float,
-    codec: Codec,
-    mode: Mode,
-    on_rows: Callable[[int, int], None] = _silent,
-) -> list[Completion]:
-    """Completions by the engine of a mode."""
-    if mode == "soft":
-        return _generate(context, model, problems, temperature, codec, mode, on_rows)
-    decoding, longest = evaluation_decoding(context.settings, codec, mode, temperature), context_length(context)
-    decoding = replace(decoding, signal=named_signal(decoding.signal, context.inputs.get("prm"), model.name))
-    wanted = requests_of(context.settings, codec, problems)
-    return [Completion(one.ids, (), one.finish) for one in context.workers.decode(model.folder, wanted, decoding, longest, on_rows)]
-
-
-def _generate(
-    context: Context,
-    model: Model,
-    problems: Sequence[Problem],
-    temperature: float,
-    codec: Codec,
-    mode: Mode,
-    on_rows: Callable[[int, int], None] = _silent,
-) -> list[Completion]:
-    """Completions by an ordinary engine: mode soft, or forbidden."""
-    settings, asked = context.settings, context.settings.evaluate
-    banned = (*codec.spare_ids, *((codec.rule.undo_id,) if mode == "forbidden" else ()))
-    sampling = Sampling(temperature, asked.top_p, asked.max_tokens, codec.stop_id, banned)
-    requests = [Request(one.prompt_ids, one.seed) for one in requests_of(settings, codec, problems)]
-    pool = context.workers.pool(model.folder, model.version, context_length(context))
-    # Models are compared on the same problems: a test set that shrinks where a row fails would be another one.
-    return all_there(pool.generate(requests, sampling, settings.rollouts.batch, on_rows)[0])
-
-
-def evaluation_decoding(settings: Settings, codec: Codec, mode: Mode, temperature: float | None = None) -> Decoding:
-    """How evaluation decodes in a mode; at `evaluate.temperature` where no other is given."""
-    asked = settings.evaluate
-    at = asked.temperature if temperature is None else temperature
-    return decoding_of(codec, settings.decode, mode, at, asked.top_p, asked.max_tokens)
-
-
-def requests_of(settings: Settings, codec: Codec, problems: Sequence[Problem]) -> list[DecodeRequest]:
-    """A problem has the same seed in every mode and for every model."""
-    return [DecodeRequest(codec.prompt_ids(one), row_seed(settings.run.seed, f"evaluate/{one.id}")) for one in problems]
-
-
-def evaluated(
-    model: str, mode: str, temperature: float, problem: Problem, done: Completion, first: Completion, codec: Codec
-) -> Evaluated:
-    """A completion and its first try, judged."""
-    undone = apply_undo(done.token_ids, codec.rule)
-    return Evaluated(
-        model=model,
-        mode=mode,
-        problem=problem.id,
-        split=problem.split,
-        family=problem.family,
-        hindsight=problem.hindsight,
-        temperature=temperature,
-        correct=judge_of(problem).correct(problem, codec.decode(undone.surviving).text),
-        first_correct=judge_of(problem).correct(problem, codec.decode(first.token_ids).text),
-        tokens=len(done.token_ids),
-        undos=undone.undos,
-        noops=undone.noops,
-        spurious=spurious_undos(problem, done.token_ids, codec),
-        finish=done.finish,
-        token_ids=done.token_ids,
-        first_token_ids=first.token_ids,
-    )
-
-
-def rolled_of(row: Evaluated, version: str) -> list[Rolled]:
-    """A row for the log of rollouts, and its first try where that is another rollout."""
-    name = f"{row.problem}#{row.model}"
-    one = Rolled(
-        f"{name}.{row.mode}.{row.temperature:g}", row.problem, row.token_ids, row.finish, version, row.mode, row.temperature,
-        row.undos, model=row.model, correct=row.correct,
-    )  # fmt: skip
-    if tuple(row.first_token_ids) == tuple(row.token_ids):
-        return [one]
-    first = replace(
-        one, id=f"{name}.{row.mode}.{row.temperature:g}.first", mode="forbidden", undos=0, token_ids=row.first_token_ids,
-        correct=row.first_correct, finish="",
-    )  # fmt: skip
-    return [one, first]
-
-
-def _probe(context: Context, models: Sequence[Model], problems: Sequence[Problem], codec: Codec) -> list[Probed]:
+def _probe(context: Context, models: Sequence[Model], cases: Sequence[Case]) -> list[Probed]:
     """Own errors of the start model on test problems, and the same states made right, under every model."""
-    cases = own_errors(context, models[0].folder, models[0].version, problems, codec)[: context.settings.evaluate.probes]
     found: list[Probed] = []
     for model in models if cases else ():
         questions = [question for case in cases for question in (case.error, case.right)]

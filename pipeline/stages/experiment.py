@@ -15,7 +15,7 @@ from datasets import Features, Value
 from actors.checks import BATCH, Measured
 from pipeline.config import SftSettings, variant
 from pipeline.stages.io import Codec, read_problems, write_json, write_rows
-from pipeline.stages.probes import decodes, dev_cases, held_out, spread
+from pipeline.stages.probes import decodes, dev_cases, first_tries, held_out, spread
 from pipeline.stages.rollouts import within_context
 from pipeline.stages.sft import read_traces, train, training_set
 from pipeline.stages.stage import Context, StageError
@@ -47,6 +47,7 @@ def run(context: Context) -> None:
     fits, _ = within_context(context, problems, [codec.prompt_ids(problem) for problem in problems])
     problems = [problems[i] for i in fits]
     cases = dev_cases(context, codec, settings.sft.checks.problems)
+    tried = first_tries(context, codec, settings.sft.checks.first_tries)
     context.resume.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for name in asked.variants:
@@ -55,7 +56,7 @@ def run(context: Context) -> None:
             done = context.resume / f"{name}-{seed}.json"
             if not done.is_file():  # what a killed run has finished is not trained again
                 folder = context.resume / f"{name}-{seed}"
-                checked = held_out(sft, cases, decodes(context, codec, sft, problems))
+                checked = held_out(sft, cases, decodes(context, codec, sft, problems), tried)
                 data = training_set(traces, codec.rule, sft)
                 curve = train(context, f"{name}/{seed}", data, context.scratch / "model", sft, seed, folder, checked)
                 part = done.with_suffix(".part")
@@ -88,6 +89,8 @@ def _figures(some: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     name, group = some[0]["name"], some[0]["group"]
     free = name == "logp_error" or group == BATCH
     bounds = (-float("inf"), 0.0 if name == "logp_error" else float("inf")) if free else (0.0, 1.0)
+    if name == "errors_per_try":
+        bounds = (0.0, float("inf"))
     if over_seeds := mean([row["value"] for row in some], *bounds):
         figures = {key: value for key, value in asdict(over_seeds).items() if key != "n"}
         if len(some) == 1:

@@ -225,7 +225,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "evaluate",
-        5,
+        6,
         lambda round: (_PROBLEMS, _model(round), Input("sft", round, "sft")),
         lambda s: (
             _generation(s)
@@ -238,7 +238,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "experiment",
-        1,
+        2,
         lambda round: (_PROBLEMS, _model(1), Input("traces", 1, "traces")),
         lambda s: (
             _generation(s)
@@ -255,7 +255,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "report",
-        5,
+        6,
         lambda round: (
             _PROBLEMS,
             _BASE,

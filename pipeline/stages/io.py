@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -133,7 +134,16 @@ def read_problems(folder: Path, split: str | None = None) -> Problems:
 
 
 def write_json(value: Any, file: Path) -> None:
-    file.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    """JSON has no NaN and no infinity: they become null, which readers show as missing."""
+    file.write_text(json.dumps(_finite(value), indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)

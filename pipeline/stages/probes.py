@@ -23,7 +23,7 @@ from pipeline.stages.rollouts import context_length, row_seed, within_context
 from pipeline.stages.sources import locate
 from pipeline.stages.stage import Context
 from pipeline.tasks.problem import Problem
-from rewards.rollout import undo_runs
+from rewards.rollout import undo_runs, verdict_of
 from verifiers.tasks import judge_of
 
 
@@ -132,13 +132,15 @@ def dev_cases(context: Context, codec: Codec, count: int) -> list[Case]:
     return own_errors(context, context.inputs["model"], context.digests["model"], [problems[i] for i in fits], codec)
 
 
-def held_out(sft: SftSettings, cases: Sequence[Case], decodes: Decodes | None = None) -> HeldOut:
+def held_out(
+    sft: SftSettings, cases: Sequence[Case], decodes: Decodes | None = None, first_tries: Decodes | None = None
+) -> HeldOut:
     """What a training with these settings is checked on. The hard form is asked in the row as emitted, nothing hidden."""
     errors = [
         HeldOutError(one.problem.hindsight, one.error, one.right, one.rewound if sft.form == "rewind" else one.emitted)
         for one in cases
     ]
-    return HeldOut(sft.checks.every or sft.steps, errors, decodes)
+    return HeldOut(sft.checks.every or sft.steps, errors, decodes, first_tries)
 
 
 def decodes(context: Context, codec: Codec, sft: SftSettings, problems: Sequence[Problem]) -> Decodes:
@@ -163,6 +165,32 @@ def decodes(context: Context, codec: Codec, sft: SftSettings, problems: Sequence
 
     hindsight = [problem.hindsight for problem in problems]
     return Decodes(requests, hindsight, decoding, settings.engine.max_num_seqs, context_length(context), grade)
+
+
+def first_tries(context: Context, codec: Codec, count: int) -> Decodes | None:
+    """So many dev problems, decoded greedily with undo forbidden, as long as a rollout may be; None for 0."""
+    settings = context.settings
+    problems = spread(read_problems(context.inputs["problems"]), "dev", count) if count else []
+    if not problems:
+        return None
+    prompts = [codec.prompt_ids(problem) for problem in problems]
+    fits, _ = within_context(context, problems, prompts)
+    chosen = [problems[i] for i in fits]
+    decoding = decoding_of(codec, settings.decode, "forbidden", 0.0, 1.0, settings.rollouts.max_tokens)
+    requests = [DecodeRequest(prompts[i], row_seed(settings.run.seed, f"evaluate/{problems[i].id}")) for i in fits]
+
+    def grade(index: int, ids: tuple[int, ...]) -> Graded:
+        problem, text = chosen[index], codec.decode(ids).text
+        return Graded(judge_of(problem).correct(problem, text), 0, 0, errors_in(problem, text))
+
+    hindsight = [problem.hindsight for problem in chosen]
+    return Decodes(requests, hindsight, decoding, settings.engine.max_num_seqs, context_length(context), grade)
+
+
+def errors_in(problem: Problem, text: str) -> int:
+    """Errors that the judge finds in a whole solution: the first one, and false results behind it."""
+    verdict = verdict_of(problem, text)
+    return (verdict.error is not None) + len(verdict.later)
 
 
 def spurious_undos(problem: Problem, ids: Sequence[int], codec: Codec) -> int:

@@ -16,8 +16,10 @@ from omegaconf import OmegaConf
 from actors.checks import BATCH
 from pipeline.card import model_card, usage
 from pipeline.config import Settings
-from pipeline.report import CountTable, JudgedShown, Line, Page, Plot, Shown, ShownGroup, pieces, render, tabulate
+from pipeline.figures import Line, Plot
+from pipeline.report import CountTable, JudgedShown, Page, Shown, ShownGroup, pieces, render, tabulate
 from pipeline.stages.curves import dpo_plots, experiment_plots, grpo_plots, plots_of
+from pipeline.stages.evidence import NEW, audits_of, evidence_of
 from pipeline.stages.graph import trained_stage
 from pipeline.stages.grpo import HISTORY
 from pipeline.stages.io import Codec, read_problems, read_rows, write_json
@@ -53,6 +55,7 @@ def run(context: Context) -> None:
         metrics = _gather(context, rounds)
         trained = trained_stage(settings)
         groups = _choose(rollouts, trained, metrics["rounds"][-1]["mode"], settings.report.rollouts, problems, codec)
+        metrics["planting"] = audits_of(context.inputs, curves, rounds)
         if compared:
             metrics["experiment"] = compared
         verifiers = [context.inputs[f"prm-{round}"] / "metrics.json" for round in rounds if f"prm-{round}" in context.inputs]
@@ -75,6 +78,7 @@ def run(context: Context) -> None:
             checked=_checked(curves),
             experiment=experiment_plots(compared),
             compared=compared,
+            evidence=evidence_of(metrics, metrics["planting"], settings),
             tables=tables,
             histograms=[_histogram(context.inputs[f"judge-{round}"], round) for round in rounds],
             judged=_judged(context.inputs, context.round, settings.report.judged, problems, codec),
@@ -100,6 +104,8 @@ def _gather(context: Context, rounds: Iterable[int]) -> dict[str, Any]:
         gathered["rounds"].append({"round": round} | {key: found[key] for key in ("accepted", "mode", "dev")})
         for name in ("evaluations", "comparisons", "probes"):
             gathered[name] += found[name]
+        for name in NEW:
+            gathered.setdefault(name, []).extend(found.get(name, []))
     return gathered
 
 

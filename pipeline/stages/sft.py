@@ -16,7 +16,7 @@ from pipeline.backtrack.undo import UndoRule
 from pipeline.config import SftSettings
 from pipeline.stages.base import clean_trace
 from pipeline.stages.io import Codec, read_problems, read_rows, write_json
-from pipeline.stages.probes import dev_cases, held_out
+from pipeline.stages.probes import dev_cases, first_tries, held_out
 from pipeline.stages.stage import Context, StageError
 from rewards.regression import regression_weights, trace_reward
 
@@ -35,7 +35,9 @@ def run(context: Context) -> None:
     if settings.sft.checks.every and (settings.sft.fsdp is not None or settings.sft.deepspeed is not None):
         context.terminal.warn("sft: no process sees the whole of a sharded model, so sft.checks has no effect")
     elif settings.sft.checks.every:
-        checked = held_out(settings.sft, dev_cases(context, codec, settings.sft.checks.problems))
+        asked = settings.sft.checks
+        tried = first_tries(context, codec, asked.first_tries)
+        checked = held_out(settings.sft, dev_cases(context, codec, asked.problems), first_tries=tried)
     data = training_set(traces, codec.rule, settings.sft)
     kept = context.resume / "sft"
     curve = train(context, "sft", data, context.out, settings.sft, settings.run.seed, kept, checked)

@@ -1,5 +1,5 @@
-"""Majority vote of the clean control with at least the tokens of the fine-tuned model: what its undos have to beat; and the
-choice of a process reward model among the same samples."""
+"""Majority vote of the clean control with at least the tokens of the fine-tuned model: what its undos have to beat; the choice of a
+process reward model among the same samples; and pass@k of these, and of samples of the trained model, at equal tokens."""
 
 from __future__ import annotations
 
@@ -8,19 +8,113 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
+from datasets import Features, Value
+from datasets import List as ListOf
+
 from actors.engines import Completion
 from actors.prm import Score, best_of
-from pipeline.backtrack.cursor import DecodeRequest
+from pipeline.backtrack.cursor import DecodeRequest, Mode
+from pipeline.backtrack.undo import apply_undo
 from pipeline.metrics import Evaluated
+from pipeline.passes import Sample
 from pipeline.stages.io import Codec
-from pipeline.stages.rollouts import row_seed
+from pipeline.stages.measured import Model, decode
+from pipeline.stages.prm import MODEL as PRM
+from pipeline.stages.rollouts import rolled, row_seed
+from pipeline.stages.stage import Context
 from pipeline.tasks.problem import Problem
 from verifiers.tasks import judge_of
-from verifiers.vote import majority
+from verifiers.vote import answer_key, majority
+
+SAMPLES = Features(
+    {
+        "model": Value("string"),
+        "mode": Value("string"),
+        "problem": Value("string"),
+        "number": Value("int32"),
+        "split": Value("string"),
+        "family": Value("string"),
+        "hindsight": Value("bool"),
+        "temperature": Value("float64"),
+        "correct": Value("bool"),
+        "answer": Value("string"),
+        "tokens": Value("int32"),
+        "undos": Value("int32"),
+        "finish": Value("string"),
+        "token_ids": ListOf(Value("int32")),
+    }
+)
 
 VOTE, BEST = "vote", "best_of_n"
 """What the modes are called in rows and metrics: by majority, and by a process reward model's choice."""
 LEAST = 3  # of two votes the first one wins
+
+
+def vote(
+    context: Context, models: Sequence[Model], rows: Sequence[Evaluated], test: Sequence[Problem], codec: Codec
+) -> tuple[list[Evaluated], list[Sample]]:
+    """Rows of the votes, and all samples: of the clean control with undo forbidden, or of the start model where there is none; and
+    of the trained model with undo where `evaluate.samples` asks for them.
+
+    Args:
+        rows: what the models have made of the test split in the main mode.
+    """
+    asked, trained = context.settings.evaluate, models[-1]
+    own = next(one for one in reversed(models) if one.name in ("clean_control", "base"))
+    if not test:
+        return [], []
+    main = [row for row in rows if (row.mode, row.split, row.temperature) == (asked.modes[0], "test", asked.temperature)]
+    spent, mine = ([row for row in main if row.model == name] for name in (trained.name, own.name))
+    count = votes_needed(spent, mine) * max(1, asked.samples) if asked.votes is None else asked.votes
+    elections: list[Evaluated] = []
+    samples: list[Sample] = []
+    asked_for: tuple[tuple[Model, Mode, int], ...] = ((own, "forbidden", count), (trained, asked.modes[0], asked.samples))
+    for model, mode, number in asked_for:
+        if number == 0:
+            continue
+        wanted = requests_for(test, codec, number, context.settings.run.seed)
+        with context.terminal.stage("votes" if model is own else "samples", len(wanted)) as progress:
+            done = decode(
+                context, model, wanted, asked.vote_temperature, codec, mode, lambda count, tokens: progress.advance(count)
+            )
+        judged = [
+            _sample(model.name, mode, test[i // number], i % number, one, asked.vote_temperature, codec)
+            for i, one in enumerate(done)
+        ]
+        samples += judged
+        names = [(f"{one.problem}#{one.model}.{VOTE}.{one.number}", one.problem) for one in judged]
+        lines = rolled(names, done, model.version, VOTE, asked.vote_temperature)
+        told = zip(lines, judged, strict=True)
+        context.rollouts.write([replace(line, model=one.model, undos=one.undos, correct=one.correct) for line, one in told])
+        if model is own:
+            by_problem = {row.problem: row for row in mine}
+            elections = elected(test, done, number, by_problem, codec)
+            if verifiers := context.inputs.get("prm"):
+                states = [(request.prompt_ids, one.token_ids) for request, one in zip(wanted, done, strict=True)]
+                values = context.workers.verifiers().step_values(verifiers / PRM, states)
+                elections += elected(test, done, number, by_problem, codec, values, context.settings.prm.score)
+    return elections, samples
+
+
+def _sample(model: str, mode: str, problem: Problem, number: int, done: Completion, temperature: float, codec: Codec) -> Sample:
+    undone = apply_undo(done.token_ids, codec.rule)
+    text = codec.decode(undone.surviving).text
+    return Sample(
+        model=model,
+        mode=mode,
+        problem=problem.id,
+        number=number,
+        split=problem.split,
+        family=problem.family,
+        hindsight=problem.hindsight,
+        temperature=temperature,
+        correct=judge_of(problem).correct(problem, text),
+        answer=answer_key(text),
+        tokens=len(done.token_ids),
+        undos=undone.undos,
+        finish=done.finish,
+        token_ids=done.token_ids,
+    )
 
 
 def votes_needed(spent: Sequence[Evaluated], own: Sequence[Evaluated]) -> int:
@@ -78,6 +172,7 @@ def elected(
                 undos=0,
                 noops=0,
                 spurious=0,
+                undo_lengths=(),
                 finish=samples[winner].finish,
                 token_ids=samples[winner].token_ids,
             )

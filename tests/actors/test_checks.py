@@ -55,7 +55,10 @@ def held_out(undo: UndoRule, every: int = 4) -> HeldOut:
     decoding = Decoding("soft", 0.0, 1.0, 6, 1, undo, threshold=None, ban_tried=False)
     requests = [DecodeRequest((30 + n, 7), n) for n in range(3)]
     grade = lambda index, ids: Graded(index == 0, sum(i == undo.undo_id for i in ids), 0)  # noqa: E731
-    return HeldOut(every, errors, Decodes(requests, (False, False, True), decoding, 4, 32, grade))
+    tried = lambda index, ids: Graded(index == 1 and undo.undo_id not in ids, 0, 0, 2 * index)  # noqa: E731
+    kinds = (False, False, True)
+    first = Decodes(requests, kinds, replace(decoding, mode="forbidden"), 4, 32, tried)
+    return HeldOut(every, errors, Decodes(requests, kinds, decoding, 4, 32, grade), first)
 
 
 def trained(folder: Path, name: str, checked: bool, undo: UndoRule, **more: Any) -> Curve:
@@ -155,7 +158,10 @@ def test_values_are_those_of_plain_forwards(tmp_path: Path) -> None:
         assert found["batch", "loss"].value == pytest.approx(found["batch", "loss_by_hand"].value, rel=1e-4)
         assert found["all", "accuracy"][3:] == pytest.approx((1 / 3, 0.0615, 0.7923, 3), abs=1e-3)
         assert found["hindsight", "accuracy"].value == 0 and found["all", "undo_rate"].n == 3
+        assert (found["all", "errors_per_try"].value, found["hindsight", "errors_per_try"].value) == (2, 4)
+        assert found["forward", "first_try_accuracy"].value == 0.5 and found["all", "first_try_accuracy"].n == 3
     assert [step for step, _ in curve.right_states] == [0, 4, 6]
+    assert curve.first_tries == [(step, (False, True, False), (0, 2, 4)) for step in (0, 4, 6)]
 
 
 @pytest.mark.parametrize(("part", "message"), [("weight", "of the gradient comes from masked targets"), ("loss", "trace by trace")])

@@ -56,7 +56,7 @@ class Actor:
     def __init__(self) -> None:
         self.queue: list[Ref] = []
         self.dead = False
-        self.decode = Method(self)
+        self.decode = self.ready = Method(self)
 
     def die(self) -> None:
         self.dead = True
@@ -72,7 +72,9 @@ class FakeRay:
         self.chance, self.deaths, self.raising, self.deadly = chance, deaths, raising, deadly
         self.lost: set[int] = set()
 
-    def wait(self, refs: list[Ref], timeout: float) -> tuple[list[Ref], list[Ref]]:
+    def wait(self, refs: list[Ref], timeout: float, num_returns: int = 1) -> tuple[list[Ref], list[Ref]]:
+        if timeout == 0:
+            return [ref for ref in refs if ref.done], [ref for ref in refs if not ref.done]
         while not any(ref.done for ref in refs):
             self._work(self.chance.choice([ref.actor for ref in refs if ref.actor.queue]))
         ready = self.chance.choice([ref for ref in refs if ref.done])
@@ -80,6 +82,9 @@ class FakeRay:
 
     def _work(self, actor: Actor) -> None:
         ref = actor.queue[0]
+        if ref.rows == ():  # whether it is ready
+            actor.queue.pop(0).settle("hf")
+            return
         if self.deadly & set(ref.rows) or self.chance.random() < self.deaths:
             actor.die()
             return
@@ -104,9 +109,10 @@ class FakeRay:
 def pool_of(actors: int, folder: Path, restarts: int = 10_000, most: int = 99) -> RolloutPool:
     pool = RolloutPool.__new__(RolloutPool)
     pool._settings, pool._say, pool._timeout, pool._version = Settings(), lambda line: None, 1.0, "v"
-    pool._heard, pool._restarts = set(), Restarts(restarts, pool._say)
+    pool._coming, pool._restarts = {}, Restarts(restarts, pool._say)
     pool._start = Actor  # type: ignore[method-assign]
     pool._actors = [Actor() for _ in range(actors)]
+    pool._heard = set(pool._actors)
     pool.quarantine = Quarantine(most, folder / "quarantine.jsonl")
     return pool
 

@@ -51,7 +51,7 @@ def settings_of(**evaluate: Any) -> Settings:
         engine=EngineSettings(kind="hf", max_prompt=400, max_num_seqs=8),
         rollouts=RolloutSettings(max_tokens=MAX_TOKENS),
         decode=DecodeSettings(**{"threshold": 0.01, "max_undos": 6, "max_undos_per_state": 3} | decode),
-        evaluate=EvaluateSettings(**{"max_tokens": MAX_TOKENS, "votes": 0} | evaluate),
+        evaluate=EvaluateSettings(**{"max_tokens": MAX_TOKENS, "votes": 0, "planted": 0} | evaluate),
         undo=Undo(unit=unit),
     )
 
@@ -125,7 +125,9 @@ def evaluated(inputs: dict[str, Path], out: Path, settings: Settings, done: int 
         )
         evaluate.run(cast(Context, context))
     wanted = [inputs["model"], inputs["sft"]][done:] if {"rewind", "guided"} & set(settings.evaluate.modes) else []
-    assert loaded == wanted + [inputs["model"]] * (settings.evaluate.votes != 0)
+    asked = settings.evaluate
+    behind = [inputs["sft"]] * bool(asked.samples or asked.planted or asked.biases)
+    assert loaded == (wanted + [inputs["model"], *behind] if asked.votes else wanted)
     return [dict(row) for row in load_from_disk(out)]
 
 

@@ -20,7 +20,8 @@ from actors.engines import Completion, Request, Sampling
 from actors.learner import Curve, fit
 from pipeline.backtrack.trace import Detour, Role, WrongTry, build_trace
 from pipeline.config import CheckSettings, ExperimentSettings, Settings, SftSettings, variant
-from pipeline.report import Page, figure, render
+from pipeline.figures import figure
+from pipeline.report import Page, render
 from pipeline.stages import experiment, probes
 from pipeline.stages.curves import experiment_plots, plots_of
 from pipeline.stages.graph import steps
@@ -60,7 +61,8 @@ class Workers:
 
 
 def settings() -> Settings:
-    sft = SftSettings(steps=2, rows=1, row_tokens=400, log_every=1, control=False, checks=CheckSettings(every=1, problems=8))
+    checks = CheckSettings(every=1, problems=8, first_tries=3)
+    sft = SftSettings(steps=2, rows=1, row_tokens=400, log_every=1, control=False, checks=checks)
     asked = ExperimentSettings(variants=VARIANTS, seeds=[3, 5], problems=4)
     return settings_of(test=4, dev=4).model_copy(update={"sft": sft, "experiment": asked})
 
@@ -109,6 +111,7 @@ def test_every_variant_and_seed_once(ready: tuple[dict[str, Path], Codec], tmp_p
     }
     named = {row["name"] for row in rows}
     assert named >= {"logp_error", "undo_rate", "spurious_rate", "accuracy", "p_undo_error", "p_undo_right", "p_correction"}
+    assert named >= {"first_try_accuracy", "errors_per_try"}
     at_start = {row["value"] for row in rows if (row["step"], row["group"], row["name"]) == (0, "all", "logp_error")}
     assert max(at_start) - min(at_start) < 1e-6  # all begin with the same model
     shares = {(row["variant"], row["value"] > 0) for row in rows if row["name"] == "masked_share"}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.metrics import Evaluated, Probed, acceptance, in_numbers, rounds_table, summarise, tokens_table
-from pipeline.statistics import auroc, paired, share
+from pipeline.statistics import LEAST, auroc, paired, share
 
 scores = st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), max_size=12)
 
@@ -44,11 +44,12 @@ def test_paired_by_hand() -> None:
     assert found.mcnemar_p == pytest.approx(2 * (1 + 10 + 45) / 2**10)
     # variance of the mean of +1 eight times, -1 twice, 0 ten times: (10/20 - .3 x .3) / 20
     half = 1.96 * sqrt((0.5 - 0.09) / 20)
+    assert found.low and found.high
     assert found.low == pytest.approx(0.3 - half) and found.high == pytest.approx(0.3 + half)
 
 
 def test_paired_without_a_change() -> None:
-    found = paired([True, False], [True, False])
+    found = paired([True, False] * 5, [True, False] * 5)
     assert found is not None
     assert (found.difference, found.low, found.high, found.mcnemar_p) == (0, 0, 0, 1)
     with pytest.raises(ValueError, match="zip"):
@@ -63,6 +64,10 @@ def test_paired_turns_round(pairs: list[tuple[bool, bool]]) -> None:
     assert there and back
     assert isclose(there.difference, -back.difference) and there.mcnemar_p == back.mcnemar_p
     assert isclose(there.difference, sum(after) / len(pairs) - sum(before) / len(pairs), abs_tol=1e-12)
+    if len(pairs) < LEAST:
+        assert there.low is there.high is back.low is back.high is None
+        return
+    assert there.low is not None and there.high is not None and back.high is not None
     assert isclose(there.low, -back.high, abs_tol=1e-12) and there.low <= there.difference <= there.high
 
 

@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 
 from pipeline.config import DecodeSettings, SignalSettings
+from pipeline.figures import Line, Plot
 from pipeline.metrics import summarise
 from pipeline.report import (
     LONGEST,
     NBSP,
     NONE,
-    Line,
     Page,
     Piece,
-    Plot,
     ShownGroup,
     in_words,
     interval,

@@ -80,7 +80,7 @@ def evaluated_rows(codec: Codec) -> list[dict[str, Any]]:
                         "hindsight": problem.hindsight, "temperature": 0.0 if mode == "rewind" else 0.7,
                         "correct": rng.random() < 0.6, "first_correct": rng.random() < 0.5, "tokens": len(ids),
                         "undos": undone.undos, "noops": undone.noops, "spurious": 0, "finish": "stop",
-                        "token_ids": ids, "first_token_ids": gold,
+                        "token_ids": ids, "first_token_ids": gold, "steps": 1, "undo_lengths": (), "first_errors": 0,
                     }
                 )  # fmt: skip
     return found
