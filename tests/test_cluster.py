@@ -160,7 +160,7 @@ def test_the_death_of_a_node_with_its_actors(cluster: Cluster, tmp_path: Path) -
     ]
     try:
         with started(cluster, tmp_path, "--until", "judge", *settings) as driver:
-            while not any((folder / ".resume").glob("1-rollouts/*/plain.jsonl")) and driver.poll() is None:
+            while not any((folder / ".resume").glob("1-rollouts/*/rows.arrow")) and driver.poll() is None:
                 time.sleep(0.05)
             (second,) = cluster.worker_nodes
             there = psutil.Process(second.all_processes["raylet"][0].process.pid).children(recursive=True)
