@@ -1,6 +1,7 @@
 """What generates: one small interface, vLLM and transformers behind it. Token ids in, token ids out; no text passes here.
 
-Engines run inside rollout actors (and, for dev accuracy, inside the learner); they know no problems and no judges.
+Engines run inside rollout actors (and, for dev accuracy, inside the learner); they know no problems and no judges. Torch is
+imported by those that compute with it: a rollout actor whose engine has no model is a small process.
 """
 
 from __future__ import annotations
@@ -13,18 +14,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from actors.completions import complete
-from actors.decode import HfDecoder
-from actors.live import Live
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import EngineSettings
 
-if TYPE_CHECKING:  # its module needs vLLM
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from actors.decode import HfDecoder
     from actors.decode_vllm import VllmDecoder
+    from actors.live import Live
 
 _UNDO_PROCESSOR = "actors.decode_vllm:UndoProcessor"  # by name: its module needs vLLM to be imported
 _PREFILL_TOKENS = 8192  # prompts of one vLLM step; without chunked prefill it must hold the longest one
@@ -90,7 +88,9 @@ class Engine(Protocol):
         """Replace the weights by these, which have the names of a checkpoint; tied ones may be there once."""
 
 
-EngineKind = Literal["vllm", "hf", "scripted"]
+EngineKind = Literal["vllm", "hf", "scripted", "simulated"]
+MODELLESS = ("scripted", "simulated")
+"""Kinds without a model: there are no weights to be checked."""
 
 
 def engine_kind(asked: Literal["auto"] | EngineKind) -> EngineKind:
@@ -109,6 +109,9 @@ def engine_kind(asked: Literal["auto"] | EngineKind) -> EngineKind:
 
 def parameters(folder: Path) -> int:
     """How many parameters the model of a folder has, without loading it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     return int(model.num_parameters())
@@ -120,6 +123,10 @@ def make_engine(folder: Path, settings: EngineSettings, context: int, seed: int)
         from actors.scripted import ScriptedEngine
 
         return ScriptedEngine(folder, Path(str(settings.script)))  # the settings see to it that there is one
+    if settings.kind == "simulated":
+        from actors.simulated import SimulatedEngine
+
+        return SimulatedEngine(settings.simulated, settings.max_num_seqs)
     if engine_kind(settings.kind) == "vllm":
         return VllmEngine(folder, settings, context, seed)
     return HfEngine.from_folder(folder, settings, context)
@@ -135,6 +142,7 @@ class VllmEngine:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # Ray actors share cores; OMP_NUM_THREADS rules
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        import torch
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
@@ -251,12 +259,17 @@ class HfEngine:
 
     @classmethod
     def from_folder(cls, folder: Path, settings: EngineSettings, context: int | None = None) -> HfEngine:
+        import torch
+        from transformers import AutoModelForCausalLM
+
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype), use_safetensors=True)
         return cls(model.to(device).eval(), settings.max_num_seqs, context)
 
     @cached_property
     def _decoder(self) -> HfDecoder:
+        from actors.decode import HfDecoder
+
         assert self._context is not None
         return HfDecoder(self.model, self._max_num_seqs, self._context)
 
@@ -264,15 +277,21 @@ class HfEngine:
         return self._decoder.decode(requests, decoding)
 
     def load_weights(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
         fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype)
         self.model.load_state_dict(fresh.state_dict())
 
-    @torch.no_grad()
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        import torch
+
         own = self.model.state_dict()
-        for name, values in weights.items():
-            own[name].copy_(values)
+        with torch.no_grad():
+            for name, values in weights.items():
+                own[name].copy_(values)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        from actors.completions import complete
+
         rows = complete(self.model, requests, sampling, self._max_num_seqs)
         return [Completion(tuple(row.ids), tuple(row.logprobs), row.finish or "length", tuple(row.top)) for row in rows]

@@ -10,19 +10,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from actors import metrics
 from actors.cluster import ClusterError, Restarts, actor_options, one_line
-from actors.engines import Completion, Request, Sampling, make_engine
+from actors.engines import MODELLESS, Completion, Request, Sampling, make_engine
 from actors.parts import Part, Parts, Quarantine, Quarantined
-from actors.weights import Probe, Weights, check_weights, probe_of_folder
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import Settings
 from pipeline.telemetry import redirect_process_output
+
+if TYPE_CHECKING:  # needs torch, which an actor whose engine has no model does not load
+    from actors.weights import Probe, Weights
 
 OnRows = Callable[[int, int], None]
 Method = Literal["generate", "decode"]
@@ -74,6 +76,8 @@ class _Rollout:
         self._version = version
 
     def set_weights(self, weights: Weights, version: str) -> None:
+        from actors.weights import check_weights
+
         self._engine.set_weights(weights.tensors())
         check_weights(self._engine, weights.probe, self._dtype, version)
         self._version = version
@@ -83,10 +87,16 @@ class _Rollout:
 
     def transferred(self, probe: Probe, version: str) -> None:
         """Weights came from GPU to GPU: those that the probe tells."""
+        from actors.weights import check_weights
+
         check_weights(self._engine, probe, self._dtype, version)
         self._version = version
 
     def _check_folder(self, folder: str) -> None:
+        if self._engine.kind in MODELLESS:
+            return
+        from actors.weights import check_weights, probe_of_folder
+
         check_weights(self._engine, probe_of_folder(Path(folder)), self._dtype, folder)
 
 

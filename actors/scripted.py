@@ -8,22 +8,21 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import load_from_disk
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from actors.engines import Completion, Request, Sampling
-from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
+from actors.modelless import Modelless
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 _RIGHT = 0.5  # share of the solutions that stay as they are
 _ENOUGH = 20  # ids of text that belongs to no problem
 
 
-class ScriptedEngine:
+class ScriptedEngine(Modelless):
     """Knows the problems of the dataset folder `script`, asked as in `{question}\\n`."""
 
     kind = "scripted"
@@ -40,22 +39,6 @@ class ScriptedEngine:
         made = [self._completion(one.prompt_ids, one.seed, sampling) for one in requests]
         print("made", [one.seed for one in requests], flush=True)
         return made
-
-    def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding) -> list[Decoded]:
-        """Without any undo."""
-        sampling = Sampling(decoding.temperature, decoding.top_p, decoding.max_tokens, decoding.stop_id, logprobs=True)
-        found = []
-        for one in self.generate([Request(one.prompt_ids, one.seed) for one in requests], sampling):
-            surviving = tuple(token for token in one.token_ids if token != decoding.stop_id)
-            nothing = (frozenset[int](),) * len(one.token_ids)
-            found.append(Decoded(one.token_ids, surviving, one.logprobs, nothing, 0, 0, one.finish))
-        return found
-
-    def load_weights(self, folder: Path) -> None:
-        """It has none."""
-
-    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """It has none."""
 
     def _completion(self, prompt_ids: Sequence[int], seed: int, sampling: Sampling) -> Completion:
         chance = random.Random(json.dumps([list(prompt_ids), None if sampling.temperature == 0 else seed]))

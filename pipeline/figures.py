@@ -1,4 +1,5 @@
-"""Figures of the report: lines and bars in, inline SVG out, in the page's own colours. Equal data give equal bytes."""
+"""Figures of the report: lines and bars in, SVG out, inline in the page's own colours or as a picture that stands alone. Equal data
+give equal bytes."""
 
 from __future__ import annotations
 
@@ -14,9 +15,28 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-# Colours of the figures, replaced by the page's own so that they follow light and dark.
-_INK, _RULE, _SERIES = "#010203", "#040506", ("#070809", "#0a0b0c", "#0d0e0f", "#101112")
 _STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+_MARKERS = "osD^"  # of lines of one point, which dashes cannot tell apart
+
+
+@dataclass(frozen=True)
+class Colours:
+    ink: str
+    rule: str
+    paper: str
+    series: Sequence[str]
+
+    def named(self) -> dict[str, str]:
+        """By the names that the page has for them."""
+        series = {f"series-{i + 1}": colour for i, colour in enumerate(self.series)}
+        return {"ink": self.ink, "rule": self.rule, "paper": self.paper} | series
+
+
+# Those of the page.
+LIGHT = Colours("#1d2126", "#d9dde2", "#ffffff", ("#1f5fa8", "#a85a12", "#2c7a4b", "#8a3f97"))
+DARK = Colours("#e4e7ea", "#353b42", "#15181c", ("#7db4f0", "#e8a560", "#7fcf9c", "#d09be0"))
+# Stand in an SVG until the page's own take their place, so that it follows light and dark.
+_LATER = Colours("#010203", "#040506", "#131415", ("#070809", "#0a0b0c", "#0d0e0f", "#101112"))
 
 
 @dataclass(frozen=True)
@@ -26,7 +46,7 @@ class Line:
     name: str
     points: Sequence[Sequence[float]]
     band: Sequence[Sequence[float]] = ()
-    """(step, low, high) of an interval, drawn as a band."""
+    """(step, low, high) of an interval, drawn as a band; as a bar for a line of one point."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,8 @@ class Plot:
     """Whether a percentage is drawn from 0 to 100, or as far as it goes."""
     across: str = "step"
     """What runs from left to right."""
+    reach: float | None = None
+    """How far from 0 it runs; None: as far as the points do."""
 
 
 def is_number(value: Any) -> bool:
@@ -61,60 +83,97 @@ def figures(plots: Sequence[Plot], name: str) -> list[Markup]:
 
 def figure(plot: Plot, name: str) -> Markup:
     """An inline SVG in the page's own colours; lines differ by dashes too. `name` keeps the ids of one page apart."""
-    settings: dict[Any, Any] = {
-        "svg.hashsalt": name,
-        "svg.fonttype": "none",
-        "font.size": 9,
-        "text.color": _INK,
-        "axes.edgecolor": _RULE,
-        "axes.labelcolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-        "grid.color": _RULE,
-        "grid.linewidth": 0.6,
-    }
-    with matplotlib.rc_context(settings):
-        drawing = Figure(figsize=(4.4, 2.7), layout="constrained")
-        axes = drawing.add_subplot()
-        lines = [Line(line.name, _drawn(line.points), _drawn(line.band)) for line in plot.lines]
-        drawn = [line for line in lines if line.points]
-        for i, line in enumerate(drawn):
-            steps, values = zip(*line.points, strict=True)
-            if plot.bars:
-                axes.bar(steps, values, width=0.7, color=_SERIES[i % len(_SERIES)], label=line.name)
-                continue
-            if line.band:
-                places, low, high = zip(*line.band, strict=True)
-                axes.fill_between(places, low, high, color=_SERIES[i % len(_SERIES)], alpha=0.15, linewidth=0)
-            marker = "o" if len(values) < 30 else ""
-            style: dict[str, Any] = {
-                "color": _SERIES[i % len(_SERIES)],
-                "linestyle": _STYLES[(i + i // len(_SERIES)) % len(_STYLES)],
-                "marker": marker,
-            }
-            axes.plot(steps, values, **style, linewidth=1.6, markersize=3, clip_on=False, label=line.name)
-        if plot.percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if plot.whole else None, symbol=" %"))
-            axes.set_ylim(0, 1 if plot.whole else None)
-        elif all(value >= 0 for line in drawn for _, value in line.points):
-            axes.set_ylim(bottom=0)
-        if plot.kept_step is not None:
-            axes.axvline(plot.kept_step, color=_INK, linewidth=0.8, linestyle=":", label=f"kept, step {plot.kept_step}")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.set_xlabel(plot.across)
-        axes.grid(axis="y")
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(length=0)
-        if len(drawn) > 1 or plot.kept_step is not None:
-            axes.legend(frameon=False)
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        drawing.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = _svg([plot], (4.4, 2.7), name)
+    svg = re.sub(r' width="[^"]*" height="[^"]*"', ' role="img"', svg, count=1)
+    svg = re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", svg)
+    return Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(plot.title, Markup(svg))
+
+
+def picture(plots: Sequence[Plot]) -> tuple[str, bytes]:
+    """Figures side by side that stand alone: an SVG that follows light and dark, and a PNG."""
+    plots = [plot for plot in plots if any(_drawn(line.points) for line in plot.lines)]
+    size = (3.9 * max(1, len(plots)), 3.2)
+    light, dark = ("; ".join(f"--{name}: {colour}" for name, colour in some.named().items()) for some in (LIGHT, DARK))
+    style = f"<style>:root {{ {light} }} @media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}</style>"
+    ground = '<rect width="100%" height="100%" fill="var(--paper)"/>'
+    svg = re.sub(r"<svg[^>]*>", lambda found: found[0] + style + ground, _svg(plots, size, "picture"), count=1)
+    png = io.BytesIO()
+    with matplotlib.rc_context(_settings(LIGHT, "picture")):
+        _drawing(plots, size, LIGHT).savefig(png, format="png", dpi=160, facecolor=LIGHT.paper, metadata={"Software": None})
+    return svg, png.getvalue()
+
+
+def _svg(plots: Sequence[Plot], size: tuple[float, float], name: str) -> str:
+    buffer, nothing = io.StringIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context(_settings(_LATER, name)):
+        _drawing(plots, size, _LATER).savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)  # it would hold for the whole page
-    svg = re.sub(r' width="[^"]*" height="[^"]*"', ' role="img"', svg, count=1)
-    svg = re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", svg)
-    for colour, variable in ((_INK, "ink"), (_RULE, "rule"), *((colour, f"series-{i + 1}") for i, colour in enumerate(_SERIES))):
+    for variable, colour in _LATER.named().items():
         svg = svg.replace(colour, f"var(--{variable})")
-    return Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(plot.title, Markup(svg))
+    return svg
+
+
+def _settings(colours: Colours, salt: str) -> dict[Any, Any]:
+    return {
+        "svg.hashsalt": salt,
+        "svg.fonttype": "none",
+        "font.size": 9,
+        "text.color": colours.ink,
+        "axes.edgecolor": colours.rule,
+        "axes.labelcolor": colours.ink,
+        "xtick.color": colours.ink,
+        "ytick.color": colours.ink,
+        "grid.color": colours.rule,
+        "grid.linewidth": 0.6,
+    }
+
+
+def _drawing(plots: Sequence[Plot], size: tuple[float, float], colours: Colours) -> Figure:
+    """Several plots stand side by side and have their titles above them; one has it in the page."""
+    drawing = Figure(figsize=size, layout="constrained")
+    for place, plot in enumerate(plots):
+        axes = drawing.add_subplot(1, len(plots), place + 1)
+        _draw(axes, plot, colours)
+        if len(plots) > 1:
+            axes.set_title(plot.title, fontsize=9)
+    return drawing
+
+
+def _draw(axes: Any, plot: Plot, colours: Colours) -> None:
+    lines = [Line(line.name, _drawn(line.points), _drawn(line.band)) for line in plot.lines]
+    drawn = [line for line in lines if line.points]
+    for i, line in enumerate(drawn):
+        steps, values = zip(*line.points, strict=True)
+        colour = colours.series[i % len(colours.series)]
+        if plot.bars:
+            axes.bar(steps, values, width=0.7, color=colour, label=line.name)
+            continue
+        if len(line.points) == 1:
+            reach = [[values[0] - line.band[0][1]], [line.band[0][2] - values[0]]] if line.band else None
+            mark = _MARKERS[i % len(_MARKERS)]
+            axes.errorbar(steps, values, reach, color=colour, fmt=mark, markersize=6, linewidth=1.6, clip_on=False, label=line.name)
+            continue
+        if line.band:
+            places, low, high = zip(*line.band, strict=True)
+            axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+        marker = "o" if len(values) < 30 else ""
+        style: dict[str, Any] = {"linestyle": _STYLES[(i + i // len(colours.series)) % len(_STYLES)], "marker": marker}
+        axes.plot(steps, values, color=colour, **style, linewidth=1.6, markersize=3, clip_on=False, label=line.name)
+    if plot.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if plot.whole else None, symbol=" %"))
+        axes.set_ylim(0, 1 if plot.whole else None)
+    elif all(value >= 0 for line in drawn for _, value in line.points):
+        axes.set_ylim(bottom=0)
+    if plot.reach is not None:
+        axes.set_xlim(0, plot.reach)
+    if plot.kept_step is not None:
+        axes.axvline(plot.kept_step, color=colours.ink, linewidth=0.8, linestyle=":", label=f"kept, step {plot.kept_step}")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_xlabel(plot.across)
+    axes.grid(axis="y")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0)
+    if len(drawn) > 1 or plot.kept_step is not None:
+        axes.legend(frameon=False, loc="lower right" if all(len(line.points) == 1 for line in drawn) else "best")

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader
 from pipeline.backtrack.undo import UndoRule, apply_undo
 from pipeline.config import DecodeSettings
 from pipeline.figures import Plot, figures, is_number
+from pipeline.headline import headline
 from pipeline.metrics import TRAINED
 
 NONE = "–"
@@ -237,6 +238,7 @@ def render(page: Page) -> str:
         phrase=phrase,
         evidence=page.evidence,
         figures_of=lambda name: figures(getattr(page.evidence, name), name),
+        headlines=figures(headline(metrics, page.temperature), "headline"),
         figures=figures(page.plots, "plot"),
         histograms=figures(page.histograms, "histogram"),
         experiment=figures(page.experiment, "experiment"),

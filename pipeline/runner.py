@@ -24,6 +24,9 @@ from pipeline.telemetry import StageLine, Terminal
 if TYPE_CHECKING:
     from actors.workers import Workers
 
+BESIDE = ("report.html", "report.svg", "report.png", "report.csv", "metrics.json")
+"""Of the newest report, beside the rounds."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -169,12 +172,12 @@ class Pipeline:
         if manifest is None:
             return None
         source = self._store.here(rounds, "report")
-        for name in ("report.html", "metrics.json"):
+        for name in BESIDE:
             part = self._store.root / f".{name}.part"
             shutil.copyfile(source / name, part)
             part.replace(self._store.root / name)
         self._export_model(source, manifest.digest)
-        self._store.publish("report.html", "metrics.json")
+        self._store.publish(*BESIDE)
         return self._store.root / "report.html"
 
     def _export_model(self, report: Path, digest: str) -> None:

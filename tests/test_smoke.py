@@ -23,6 +23,7 @@ from pipeline.backtrack.targets import trace_walk
 from pipeline.backtrack.trace import Role, Trace
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import SftSettings, UndoSettings
+from pipeline.runner import BESIDE
 from pipeline.settings_file import load_settings
 from pipeline.stages import evaluate, judge, problems, rollouts, traces
 from pipeline.stages.io import Codec, read_problems
@@ -164,6 +165,7 @@ def test_report_and_metrics_stand_beside_the_rounds(finished: tuple[Path, str]) 
     assert {one["mode"] for one in metrics["rounds"]} == {"rewind"}
     assert {one["after"] for one in metrics["comparisons"]} == {"sft rewind"}
     page = (folder / "report.html").read_text()
+    assert all((folder / name).stat().st_size for name in BESIDE)
     assert "<html" in page and "http://" not in page.replace("http://www.w3.org", "").replace("http://127.0.0.1", "")
 
 

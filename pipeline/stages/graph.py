@@ -75,16 +75,21 @@ def longest_completion(settings: Settings) -> int:
     return max(settings.rollouts.max_tokens, settings.evaluate.max_tokens, learned, searched)
 
 
+def _engine(settings: Settings) -> dict[str, Any]:
+    """What rows depend on; of an engine that simulates, how long they are too."""
+    more = {"simulated"} if settings.engine.kind == "simulated" else set[str]()
+    return settings.engine.model_dump(mode="json", include={"kind", "dtype", "max_prompt"} | more)
+
+
 def _generation(settings: Settings) -> dict[str, Any]:
     """What every stage that generates depends on."""
-    engine = settings.engine.model_dump(mode="json", include={"kind", "dtype", "max_prompt"})
-    return {"engine": engine, "longest": longest_completion(settings), "prompt": settings.base.prompt, "seed": settings.run.seed}
+    longest = longest_completion(settings)
+    return {"engine": _engine(settings), "longest": longest, "prompt": settings.base.prompt, "seed": settings.run.seed}
 
 
 def _own_errors(settings: Settings) -> dict[str, Any]:
     """What the errors depend on at which a training is checked; how much room the engine has for longer rows is not of it."""
-    engine = settings.engine.model_dump(mode="json", include={"kind", "dtype", "max_prompt"})
-    return {"engine": engine, "max_tokens": settings.rollouts.max_tokens}
+    return {"engine": _engine(settings), "max_tokens": settings.rollouts.max_tokens}
 
 
 def samples_prefixes(settings: Settings) -> bool:

@@ -6,12 +6,16 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetInfo, Features, load_from_disk
 from transformers import AutoConfig, AutoTokenizer
 
@@ -20,13 +24,49 @@ from pipeline.backtrack.embedding import undo_rule
 from pipeline.config import DecodeSettings, UndoSettings
 from pipeline.tasks.problem import Problem
 
+T = TypeVar("T")
 
-def write_rows(rows: Sequence[dict[str, Any]], features: Features, folder: Path) -> None:
-    """Save rows as a Dataset. The same rows give the same bytes, so that equal content has an equal digest."""
-    columns = {name: [row[name] for row in rows] for name in features}
-    dataset = Dataset.from_dict(columns, features=features)
-    dataset._fingerprint = hashlib.sha256(str(features).encode()).hexdigest()[:16]  # the default one is random
-    dataset.save_to_disk(folder, max_shard_size="500MB")
+
+CHUNK = 1000
+"""Rows in memory at a time."""
+_SHARD = 500_000_000  # bytes of a dataset's file, about
+
+
+def write_rows(rows: Iterable[Mapping[str, Any]], features: Features, folder: Path) -> None:
+    """Save rows as a Dataset, some at a time. The same rows give the same bytes, so that equal content has an equal digest."""
+    schema = features.arrow_schema
+    write_tables((pa.Table.from_pylist(some, schema) for some in _chunks(rows)), features, folder)
+
+
+def write_tables(tables: Iterable[pa.Table], features: Features, folder: Path) -> None:
+    """The same for rows that are columns already. The same tables give the same bytes."""
+    empty = Dataset.from_dict({name: [] for name in features}, features=features)
+    empty._fingerprint = hashlib.sha256(str(features).encode()).hexdigest()[:16]  # the default one is random
+    empty.save_to_disk(folder)
+    parts = list[Path]()
+    source = iter(tables)
+    while (table := next(source, None)) is not None:
+        parts.append(folder / f".{len(parts)}.part")
+        _write_shard(itertools.chain([table], source), features, parts[-1])
+    names = [f"data-{number:05}-of-{len(parts):05}.arrow" for number in range(len(parts))]
+    for part, name in zip(parts, names, strict=True):
+        part.rename(folder / name)
+    state = json.loads((folder / "state.json").read_text())  # what `datasets` writes there, but for the files
+    state["_data_files"] = [{"filename": name} for name in names]
+    (folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
+
+
+def _write_shard(tables: Iterator[pa.Table], features: Features, file: Path) -> None:
+    """As many of the tables as a file shall hold."""
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as stream:
+        while sink.tell() < _SHARD and (table := next(tables, None)) is not None:
+            stream.write_table(table)
+
+
+def _chunks(rows: Iterable[T]) -> Iterator[list[T]]:
+    source = iter(rows)
+    while some := list(itertools.islice(source, CHUNK)):
+        yield some
 
 
 def read_rows(folder: Path) -> Dataset:
@@ -53,10 +93,44 @@ def with_rollouts(
         yield verdict, rollout
 
 
-def read_problems(folder: Path, split: str | None = None) -> list[Problem]:
+class Problems(Sequence[Problem]):
+    """Problems of a dataset, read when they are asked for: however many there are, they take no memory."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, at: int) -> Problem: ...
+    @overload
+    def __getitem__(self, at: slice) -> Problems: ...
+    def __getitem__(self, at: int | slice) -> Problem | Problems:
+        if isinstance(at, slice):
+            return self.take(range(len(self))[at])
+        if not -len(self) <= at < len(self):
+            raise IndexError(at)
+        return Problem(**self._rows[at % len(self)])
+
+    def __iter__(self) -> Iterator[Problem]:
+        names = [field.name for field in fields(Problem)]
+        for some in self._rows.iter(CHUNK):  # one by one costs a hundred times as much
+            for values in zip(*(some[name] for name in names), strict=True):
+                yield Problem(*values)
+
+    def take(self, places: Sequence[int] | npt.NDArray[np.int64]) -> Problems:
+        """Those at these places, in this order."""
+        return Problems(self._rows.select(places))
+
+
+def read_problems(folder: Path, split: str | None = None) -> Problems:
     """Problems of one split, or of all, in their stored order."""
     rows = read_rows(folder)
-    return [Problem(**row) for row in rows if split is None or row["split"] == split]
+    if split is None:
+        return Problems(rows)
+    among = pc.equal(rows.data.column("split"), split).to_numpy()
+    return Problems(rows).take(np.flatnonzero(among))
 
 
 def write_json(value: Any, file: Path) -> None:
@@ -101,6 +175,13 @@ class Codec:
     def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
         """Ids of the prompt; text that spells a special token is split like any other text."""
         return self.encode(self._prompt.format(question=problem.question))
+
+    def prompts(self, problems: Iterable[Problem]) -> Iterator[tuple[Problem, tuple[int, ...]]]:
+        """Problems with the ids of their prompts, as above, some at a time."""
+        for some in _chunks(problems):
+            texts = [self._prompt.format(question=problem.question) for problem in some]
+            found = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+            yield from zip(some, map(tuple, found.input_ids), strict=True)
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)

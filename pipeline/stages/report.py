@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from actors.checks import BATCH
 from pipeline.card import model_card, usage
 from pipeline.config import Settings
-from pipeline.figures import Line, Plot
+from pipeline.figures import Line, Plot, picture
+from pipeline.headline import headline, table
 from pipeline.report import CountTable, JudgedShown, Page, Shown, ShownGroup, pieces, render, tabulate
 from pipeline.stages.curves import dpo_plots, experiment_plots, grpo_plots, plots_of
 from pipeline.stages.evidence import NEW, audits_of, evidence_of
@@ -87,6 +88,10 @@ def run(context: Context) -> None:
             versions=_versions(),
         )
         (context.out / "report.html").write_text(render(page), encoding="utf-8")
+        svg, png = picture(headline(metrics, settings.evaluate.temperature))
+        (context.out / "report.svg").write_text(svg, encoding="utf-8")
+        (context.out / "report.png").write_bytes(png)
+        (context.out / "report.csv").write_text(table(metrics), encoding="utf-8")
         accepted = any(one["accepted"] for one in metrics["rounds"])
         card = model_card(settings, metrics, trained if accepted else "base")
         (context.out / "README.md").write_text(card, encoding="utf-8")

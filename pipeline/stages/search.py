@@ -148,7 +148,8 @@ def _cases(context: Context, codec: Codec, pool: RolloutPool, ends_right: EndsRi
     settings, how = context.settings, context.settings.search
     problems = read_problems(context.inputs["problems"], "train")
     if how.problems < len(problems):
-        problems = random.Random(f"{settings.run.seed}/search/{context.round}").sample(problems, how.problems)
+        drawn = random.Random(f"{settings.run.seed}/search/{context.round}").sample(range(len(problems)), how.problems)
+        problems = problems.take(drawn)
     prompts = [codec.prompt_ids(problem) for problem in problems]
     fits, context.counts["prompt_too_long"] = within_context(context, problems, prompts)
     cases = [Case(problems[i], prompts[i]) for i in fits]

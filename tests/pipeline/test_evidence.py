@@ -86,7 +86,8 @@ def test_every_part_is_on_the_page(tmp_path: Path) -> None:
     assert samples.count("<figure>") == 2 and "clean control, undo forbidden" in samples
     assert "tokens taken back by one run of undos" in undos and undos.count("<tr") == 1 + 2 * 3 * 3
     assert causal.count("<figure>") == 1 + 1 + 4 and "right, worded otherwise" in causal and "first tries get worse" in causal
-    assert causal.count('<th scope="row">after') == 5 + 2 * 2  # kinds, then two of them for all and forward problems
+    assert causal.count('<th scope="row">after') == 2 * 2  # kinds of interventions for all and forward problems
+    assert causal.count('<th scope="row">false result</th><td>20</td>') == 1
     missing = between(html, "missing")
     assert "temperature 1 (evaluate.also_at)" in missing and "stage grpo (grpo.steps)" in missing
     assert "bias sweep" not in missing and "planted errors" not in missing and "clean control" not in missing

@@ -44,7 +44,7 @@ FLOORS = {
     "verifiers": 1,
     "rewards": 2,
     "actors": 3,
-    **dict.fromkeys(("card", "figures", "report", "search_page", "stages"), 4),
+    **dict.fromkeys(("card", "figures", "headline", "report", "search_page", "stages"), 4),
     "runner": 5,
     **dict.fromkeys(("cli", "calibrate", "compare", "view"), 6),
     "run": 7,

@@ -37,7 +37,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for seed in range(4):
         prompts = [codec.prompt_ids(problem) for problem in TRAIN]
         made = engine.generate([Request(one, seed) for one in prompts], Sampling(1.0, 1.0, 400, codec.stop_id, logprobs=True))
-        rows += [rollouts._row(f"{p.id}#1.{seed}", ids, one, False, "v") for p, ids, one in zip(TRAIN, prompts, made, strict=True)]
+        rows += [
+            {"id": f"{p.id}#1.{seed}", "problem": p.id, "prompt_ids": ids, "hot": False, "version": "v"}
+            | {name: getattr(one, name) for name in ("token_ids", "logprobs", "finish")}
+            for p, ids, one in zip(TRAIN, prompts, made, strict=True)
+        ]
     write_rows(rows, rollouts.FEATURES, root / "rollouts")
     return found | {"rollouts": root / "rollouts"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,7 +54,8 @@ class Pool:
         self.engine, self.failing, self.left = HfEngine.from_folder(folder, settings.engine, CONTEXT), failing, batches
         self.asked: list[int] = []
 
-    def stream(self, method: str, requests: Sequence[Any], how: Any, batch: int) -> Iterator[tuple[int, Batch]]:
+    def stream(self, method: str, requests: Iterable[Any], how: Any, batch: int) -> Iterator[tuple[int, Batch]]:
+        requests = list(requests)
         for start in reversed(range(0, len(requests), batch)):
             if not self.left:
                 raise KeyboardInterrupt

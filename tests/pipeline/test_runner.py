@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.config import RunSettings, Settings
-from pipeline.runner import Pipeline, Selection
+from pipeline.runner import BESIDE, Pipeline, Selection
 from pipeline.stages.graph import steps
 from pipeline.store import Store
 from pipeline.telemetry import Terminal
@@ -80,7 +80,7 @@ def test_the_exported_model_has_the_adapter_of_lora_beside_it(tmp_path: Path) ->
     outputs: dict[str, dict[str, str]] = {
         "sft": {"model.safetensors": "w", "curve.json": "{}", "adapter/adapter_model.safetensors": "a", "control/config.json": ""},
         "evaluate": {"metrics.json": '{"accepted": true}'},
-        "report": {"report.html": "page", "metrics.json": "{}", "README.md": "card", "retract.json": "{}"},
+        "report": {**dict.fromkeys(BESIDE, "page"), "README.md": "card", "retract.json": "{}"},
     }
     for stage, files in outputs.items():
         with store.write(1, stage, key="k", settings={}, inputs={}, seed=0) as draft:
