@@ -59,8 +59,8 @@ def headline(metrics: Mapping[str, Any], temperature: float) -> list[Plot]:
 
 
 def _band(row: Mapping[str, Any]) -> Sequence[Sequence[float]]:
-    low, high = row["ci95"] or (None, None)
-    return [(row["tokens_per_problem"], low, high)] if is_number(low) and is_number(high) else ()
+    ends = [row["tokens_per_problem"], *(row["ci95"] or ())]
+    return [ends] if len(ends) == 3 and all(map(is_number, ends)) else ()
 
 
 def table(metrics: Mapping[str, Any]) -> str:

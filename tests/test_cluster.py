@@ -24,6 +24,7 @@ from ray.util.state import list_actors
 from actors.engines import Request, Sampling
 from actors.judge import judge_rows
 from actors.scripted import ScriptedEngine
+from benchmarks.chaos import KINDS
 from pipeline.config import UndoSettings
 from pipeline.stages.io import Codec, read_problems
 from pipeline.stages.rollouts import row_seed
@@ -160,11 +161,12 @@ def test_the_death_of_a_node_with_its_actors(cluster: Cluster, tmp_path: Path) -
     ]
     try:
         with started(cluster, tmp_path, "--until", "judge", *settings) as driver:
-            while not any((folder / ".resume").glob("1-rollouts/*/rows.arrow")) and driver.poll() is None:
+            kept = (folder / ".resume").glob
+            while not any(file.stat().st_size for file in kept("1-rollouts/*/rows.arrow")) and driver.poll() is None:
                 time.sleep(0.05)
             (second,) = cluster.worker_nodes
             there = psutil.Process(second.all_processes["raylet"][0].process.pid).children(recursive=True)
-            working = [one for one in there if any(part.startswith("ray::_Rollout") for part in one.cmdline())]
+            working = [one for one in there if re.match(KINDS["rollout"][0], " ".join(one.cmdline()))]
             for one in working:
                 one.suspend()  # with batches that it shall not finish before its end
             cluster.remove_node(second, allow_graceful=False)

@@ -38,7 +38,7 @@ def test_one_point_a_model_of_the_last_round_on_the_test_split() -> None:
         ("its majority vote", (180, 0.42)),
         ("with undo", (170, 0.9)),
     ]
-    assert hindsight.lines[3].band == [(170, 0.8, 1.0)] and forward.lines[0].band == ()
+    assert hindsight.lines[3].band == [[170, 0.8, 1.0]] and forward.lines[0].band == ()
     assert hindsight.reach == forward.reach and hindsight.reach is not None and hindsight.reach > 180
     assert headline({"rounds": [], "evaluations": []}, 0.0) == []
 
