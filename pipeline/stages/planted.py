@@ -209,6 +209,8 @@ def biased_rows(
     """The test split decoded by the trained model with each of `evaluate.biases` on the logit of U, U drawn like any token; first
     tries are those of `rows`."""
     asked = context.settings.evaluate
+    if not asked.biases:
+        return []
     first = {row.problem: row for row in rows if row.model == model.name and row.temperature == asked.temperature}
     found = []
     with context.terminal.stage("biases", len(asked.biases) * len(test)) as progress:
