@@ -18,8 +18,8 @@ from pipeline.config import DecodeSettings, EngineSettings, EvaluateSettings, Se
 from pipeline.config import UndoSettings as Undo
 from pipeline.metrics import figures
 from pipeline.settings_file import dump_settings
-from pipeline.stages.evaluate import evaluated, evaluation_decoding, requests_of
 from pipeline.stages.io import Codec
+from pipeline.stages.measured import evaluated, evaluation_decoding, requests_of
 from pipeline.store import Store
 from tests.pipeline.saved import CONTEXT, PROBLEMS, save_problems_and_models
 
