@@ -15,6 +15,8 @@ import yaml
 from pipeline.cli import run_folder
 from pipeline.settings_file import load_settings
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "configs" / "cluster"
 BIN = Path(sys.executable).parent
@@ -32,8 +34,6 @@ SCONTROL = '#!/bin/bash\nprintf "one\\ntwo\\n"\n'
 DRIVER = """
 import os, sys, time
 import ray
-
-pytestmark = pytest.mark.ray
 ray.init(logging_level="ERROR", log_to_driver=False)
 for _ in range(120):
     alive = [node for node in ray.nodes() if node["Alive"]]
