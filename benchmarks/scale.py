@@ -165,8 +165,8 @@ def scheduled(scratch: Path, model: Path, engines: int) -> dict[str, float]:
         start = time.monotonic() - began
         meter = run()
         spans, pids = asked_actors(pool)
+        pss = [float(Path(f"/proc/{pid}/smaps_rollup").read_text().split("Pss:")[1].split()[0]) / 1024 for pid in pids]
     busy = {end: sum(max(0.0, min(since + took, end) - since) for since, took in spans) for end in (meter.dry, meter.ended)}
-    pss = [float(Path(f"/proc/{pid}/smaps_rollup").read_text().split("Pss:")[1].split()[0]) / 1024 for pid in pids] if pids else []
     span, rows = meter.ended - meter.began, engines * BATCHES * BATCH
     return {
         "efficiency": busy[meter.dry] / engines / (meter.dry - meter.began),
