@@ -51,21 +51,22 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
             head.terminate()
 
 
-def call(env: dict[str, str], *command: str, check: bool = True) -> str:
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
+def call(env: dict[str, str], *command: str, not_yet: str = "") -> str:
+    """What it says; asked again as long as it fails with `not_yet`."""
+    for _ in range(60):
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        if done.returncode == 0 or not not_yet or not_yet not in done.stdout + done.stderr:
+            break
+        time.sleep(1)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def submit(env: dict[str, str], runs: Path, *overrides: str, wait: bool = True) -> str:
     how = [] if wait else ["--no-wait"]
     run = ["python", "run.py", "--config", "smoke", f"run.root={runs}", *overrides]
-    for _ in range(60):
-        log = call(env, "ray", "job", "submit", "--working-dir", ".", *how, "--", *run, check=False)
-        if "No available agent" not in log:  # Ray's own, which takes jobs some seconds after the dashboard is there
-            break
-        time.sleep(1)
-    return log
+    # Ray's own agent, which takes jobs, is there some seconds after the dashboard.
+    return call(env, "ray", "job", "submit", "--working-dir", ".", *how, "--", *run, not_yet="No available agent")
 
 
 def test_a_job_is_stopped_leaves_no_actor_and_is_continued(cluster: dict[str, str], tmp_path: Path) -> None:
