@@ -31,8 +31,12 @@ class Colours:
         series = {f"series-{i + 1}": colour for i, colour in enumerate(self.series)}
         return {"ink": self.ink, "rule": self.rule, "paper": self.paper} | series
 
+    def css(self) -> str:
+        """Declarations of a rule."""
+        return "; ".join(f"--{name}: {colour}" for name, colour in self.named().items())
 
-# Those of the page.
+
+# Of the page, and of pictures that stand alone.
 LIGHT = Colours("#1d2126", "#d9dde2", "#ffffff", ("#1f5fa8", "#a85a12", "#2c7a4b", "#8a3f97"))
 DARK = Colours("#e4e7ea", "#353b42", "#15181c", ("#7db4f0", "#e8a560", "#7fcf9c", "#d09be0"))
 # Stand in an SVG until the page's own take their place, so that it follows light and dark.
@@ -93,8 +97,7 @@ def picture(plots: Sequence[Plot]) -> tuple[str, bytes]:
     """Figures side by side that stand alone: an SVG that follows light and dark, and a PNG."""
     plots = [plot for plot in plots if any(_drawn(line.points) for line in plot.lines)]
     size = (3.9 * max(1, len(plots)), 3.2)
-    light, dark = ("; ".join(f"--{name}: {colour}" for name, colour in some.named().items()) for some in (LIGHT, DARK))
-    style = f"<style>:root {{ {light} }} @media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}</style>"
+    style = f"<style>:root {{ {LIGHT.css()} }} @media (prefers-color-scheme: dark) {{ :root {{ {DARK.css()} }} }}</style>"
     ground = '<rect width="100%" height="100%" fill="var(--paper)"/>'
     svg = re.sub(r"<svg[^>]*>", lambda found: found[0] + style + ground, _svg(plots, size, "picture"), count=1)
     png = io.BytesIO()
@@ -176,4 +179,6 @@ def _draw(axes: Any, plot: Plot, colours: Colours) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(length=0)
     if len(drawn) > 1 or plot.kept_step is not None:
-        axes.legend(frameon=False, loc="lower right" if all(len(line.points) == 1 for line in drawn) else "best")
+        single = all(len(line.points) == 1 for line in drawn)  # their bars are not seen by `best`
+        below = single and max(line.points[0][1] for line in drawn) < sum(axes.get_ylim()) / 2
+        axes.legend(frameon=False, loc="upper right" if below else "lower right" if single else "best")

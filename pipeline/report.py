@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from pipeline.backtrack.undo import UndoRule, apply_undo
 from pipeline.config import DecodeSettings
-from pipeline.figures import Plot, figures, is_number
+from pipeline.figures import DARK, LIGHT, Plot, figures, is_number
 from pipeline.headline import headline
 from pipeline.metrics import TRAINED
 
@@ -238,6 +238,8 @@ def render(page: Page) -> str:
         phrase=phrase,
         evidence=page.evidence,
         figures_of=lambda name: figures(getattr(page.evidence, name), name),
+        light=LIGHT.css(),
+        dark=DARK.css(),
         headlines=figures(headline(metrics, page.temperature), "headline"),
         figures=figures(page.plots, "plot"),
         histograms=figures(page.histograms, "histogram"),
