@@ -26,8 +26,11 @@ from pipeline.statistics import mean, share
 
 GROUPS = ("all", "forward", "hindsight")
 BATCH = "batch"
-"""Group of what is measured on the fixed batch: loss, loss_by_hand, masked_share; n is its number of traces."""
+"""Group of what is measured on the fixed batch: loss, loss_by_hand, masked_share, and the cosines of COSINES; n is its number of
+traces."""
+COSINES = ("cos_error_undo", "cos_error_correction", "cos_undo_correction")
 _ALLOWED, _ALLOWED_BF16 = 1e-3, 5e-2  # relative difference of the two losses
+_MOST_WEIGHTS = 2**28  # beyond which no cosines are measured: three gradients are held at once
 _RATE, _PROBABILITY = 0.02, 0.02  # an alarm needs at least so much of right states, of P(U | right)
 
 
@@ -160,6 +163,7 @@ class Checks(TrainerCallback):
             found.append(("loss_by_hand", slow))
             if abs(fast - slow) > (_ALLOWED_BF16 if bf16 else _ALLOWED) * max(1.0, slow):
                 raise CheckError(f"step {step}: the loss of a batch is {fast:.5f}, trace by trace it is {slow:.5f}")
+        found += term_cosines(model, self._data, numbers, self._pad_id).items()
         return [Measured(step, BATCH, name, value, None, None, len(numbers)) for name, value in found]
 
     def _first_tries(self, model: Any, step: int, asked: Decodes) -> list[Measured]:
@@ -266,6 +270,55 @@ def masked_share(
         for token in masked.get(place, set()) - right[place]:
             found += max(0.0, -float(gradient_NV[index, token]))
     return found / total if total else 0.0
+
+
+def term_cosines(model: Any, data: TrainingSet, numbers: Sequence[int], pad_id: int) -> dict[str, float]:
+    """Cosines between the gradients, in all weights that are trained, of the log-probabilities of wrong decisions, of undos and of
+    corrections in the traces with these numbers: whether a step towards the one is a step towards the other. In the form that is
+    trained; every distinct (place, id) counts once, whatever is masked. `model` is in eval mode; its `.grad` is left alone.
+
+    Returns: by name, see COSINES; empty where a trace with an undo is missing, or the model is too large to hold three gradients.
+    """
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if sum(weight.numel() for weight in weights) > _MOST_WEIGHTS:
+        return {}
+    sums: dict[str, list[torch.Tensor]] = {}
+    for number in numbers:
+        trace = data.traces[number]
+        if Role.UNDO not in trace.roles:
+            continue  # a clean row has nothing that is corrected
+        layout = laid_out([[Example((trace,), len(trace.ids), 0, (number,))]], data, pad_id)
+        places: dict[str, set[tuple[int, int]]] = {"error": set(), "undo": set(), "correction": set()}
+        for column, action in zip(layout.column.tolist(), layout.actions, strict=True):
+            term = (
+                "undo"
+                if action.token == data.rule.undo_id
+                else {Role.ERROR: "error", Role.CORRECTION: "correction"}.get(action.role)
+            )
+            if term and not action.ends_run:
+                places[term].add((column, action.token))
+        row = (layout.input_ids, layout.position_ids, layout.attention_mask())
+        ids, positions, mask = (part.to(model.device) for part in row)
+        with torch.enable_grad():
+            logits = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits[0]
+            logprobs = logits.float().log_softmax(-1)
+            for term, some in places.items():
+                if some:
+                    columns, tokens = map(list, zip(*sorted(some), strict=True))
+                    total = logprobs[columns, tokens].sum()
+                    found = torch.autograd.grad(total, weights, retain_graph=True, allow_unused=True)
+                    whole = [torch.zeros_like(weight) if one is None else one for one, weight in zip(found, weights, strict=True)]
+                    sums[term] = [a + b for a, b in zip(sums[term], whole, strict=True)] if term in sums else whole
+    pairs = [tuple(name.split("_")[1:]) for name in COSINES]
+    return {
+        name: _dot(sums[a], sums[b]) / (_dot(sums[a], sums[a]) * _dot(sums[b], sums[b])) ** 0.5
+        for name, (a, b) in zip(COSINES, pairs, strict=True)
+        if a in sums and b in sums and _dot(sums[a], sums[a]) and _dot(sums[b], sums[b])
+    }
+
+
+def _dot(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
+    return sum(float((one.double() * other.double()).sum()) for one, other in zip(a, b, strict=True))
 
 
 _SAID = {

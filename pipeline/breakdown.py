@@ -1,5 +1,6 @@
-"""Figures of evaluated rows beside accuracy by split and family: by difficulty, how much undos take back, and whether a model errs
-more and more in its first tries. Plain rows in, records for metrics.json out."""
+"""Figures of evaluated rows beside accuracy by split and family: by difficulty, how much undos take back, how often a wrong choice
+is made to fit, by kind of error, and whether a model errs more and more in its first tries. Plain rows in, records for metrics.json
+out."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.metrics import KIND_GROUPS, Evaluated, figures, groups
-from pipeline.statistics import mean, share, trend
+from pipeline.metrics import KIND_GROUPS, Evaluated, Probed, figures, first_try, groups
+from pipeline.statistics import bootstrap, mean, share, trend
 
 
 def by_difficulty(rows: Sequence[Evaluated], round: int) -> Iterator[dict[str, Any]]:
@@ -33,6 +34,50 @@ def undo_lengths_by_model(rows: Sequence[Evaluated], round: int) -> Iterator[dic
     for (model, mode, temperature), lengths in found.items():
         place = {"round": round, "model": model, "mode": mode, "temperature": temperature}
         yield place | {"lengths": [list(pair) for pair in sorted(lengths.items())]}
+
+
+def rationalisation(rows: Sequence[Evaluated], round: int) -> Iterator[dict[str, Any]]:
+    """Of wrong answers to hindsight problems the share that holds a false equation behind a wrong decision, which makes it fit
+    (`x=6; 82-42=40; 40/9=4`), with its 95 % Wilson interval: by model, mode (first tries too), temperature and split, dev left
+    out. A share of no wrong answers is None."""
+    members: dict[tuple[Any, ...], list[Evaluated]] = {}
+    for row in rows:
+        if row.hindsight and row.split != "dev":
+            members.setdefault((row.model, row.mode, row.temperature, row.split), []).append(row)
+    for model, temperature, split in dict.fromkeys((model, at, split) for model, _, at, split in members):
+        of_modes = {mode: members[model, mode, temperature, split] for mode in dict.fromkeys(place[1] for place in members)
+                    if (model, mode, temperature, split) in members}  # fmt: skip
+        of_modes["forbidden"] = [first_try(row) for row in next(iter(of_modes.values()))]
+        for mode, some in of_modes.items():
+            wrong = [row for row in some if not row.correct]
+            found = share(sum(row.rationalised for row in wrong), len(wrong))
+            place = {"round": round, "model": model, "mode": mode, "temperature": temperature, "split": split}
+            yield place | {
+                "n": len(some),
+                "wrong": len(wrong),
+                "rationalised": sum(row.rationalised for row in wrong),
+                "share": found.value if found else None,
+                "ci95": [found.low, found.high] if found else None,
+            }
+
+
+def by_error_kind(probes: Sequence[Probed], round: int) -> Iterator[dict[str, Any]]:
+    """Own errors of the start model by what kind of error it is, under each model: P(undo) there and at the right place beside it,
+    and by how many nats the error itself has become more or less likely, with 95 % bootstrap intervals over problems."""
+    start = {probe.problem: probe.logp_error for probe in probes if probe.model == "base"}
+    for model in dict.fromkeys(probe.model for probe in probes):
+        for kind in sorted({probe.error for probe in probes}):
+            some = [probe for probe in probes if (probe.model, probe.error) == (model, kind)]
+            record: dict[str, Any] = {"round": round, "model": model, "error": kind, "n": len(some)}
+            for name, values in (
+                ("p_undo_error", [probe.p_undo_error for probe in some]),
+                ("p_undo_right", [probe.p_undo_right for probe in some]),
+                ("logp_error_change", [probe.logp_error - start[probe.problem] for probe in some if probe.problem in start]),
+            ):
+                found = bootstrap(values)
+                record[name] = found.value if found else None
+                record[f"{name}_ci95"] = None if found is None or found.low is None else [found.low, found.high]
+            yield record
 
 
 def by_bias(rows: Sequence[Evaluated], round: int) -> Iterator[dict[str, Any]]:

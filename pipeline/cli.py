@@ -6,23 +6,31 @@ import argparse
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from pipeline.config import Settings
 from pipeline.runner import Pipeline, Selection
 from pipeline.settings_file import ConfigError, describe_settings, dump_settings, load_settings
 from pipeline.stages.graph import NAMES
 from pipeline.stages.stage import StageError
-from pipeline.store import Store, StoreError
+from pipeline.store import RunLock, Store, StoreError
 from pipeline.store.synced import SyncedStore, is_url, working_copy
+from pipeline.study.runs import StudyRun, plan, runs_of, store_of
 from pipeline.telemetry import Terminal, quiet_third_parties
+
+if TYPE_CHECKING:  # scipy is behind it
+    from pipeline.study.results import Result
 
 LEAST_FREE = 256 << 20
 """Bytes without which no run begins: what the smallest one writes, and some room."""
 
+_DEFAULT = "tiny"
 _FAILED, _USAGE, _INTERRUPTED, _TERMINATED = 1, 2, 130, 143
 
 
@@ -41,13 +49,17 @@ def main(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     terminal = Terminal(None)
     try:
-        settings = load_settings(_config_file(options.config), options.overrides)
+        settings = load_settings([_config_file(name) for name in options.config or [_DEFAULT]], options.overrides)
         selection = Selection(tuple(options.only), options.first, options.last, options.force, options.first_round)
-        if not 1 <= options.first_round <= settings.run.rounds:
-            raise StageError(f"--from-round must lie in 1 .. run.rounds = {settings.run.rounds}, is {options.first_round}")
-        _import_rewards(settings)
-        _find_trackers(settings)
-        _find_deepspeed(settings)
+        studied = runs_of(settings, run_folder(settings)) if settings.study.variants else []
+        all_settings = [one.settings for one in studied] or [settings]
+        rounds = max(one.run.rounds for one in all_settings)
+        if not 1 <= options.first_round <= rounds:
+            raise StageError(f"--from-round must lie in 1 .. run.rounds = {rounds}, is {options.first_round}")
+        for one in all_settings:
+            _import_rewards(one)
+            _find_trackers(one)
+            _find_deepspeed(one)
     except (ConfigError, StageError) as error:
         terminal.error(str(error))
         return _USAGE
@@ -56,12 +68,14 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     folder = run_folder(settings)
     try:
+        if studied:
+            return _plan_study(studied, selection) if options.dry_run else _study(settings, studied, selection, terminal)
         store = open_store(settings)
         if options.dry_run:
             for step in Pipeline(settings, folder, selection, terminal, store).plan():
                 print(f"round {step.round}  {step.stage:<9} {step.state:<8} {step.why}".rstrip())
             return 0
-        return _run(settings, store, selection, terminal)
+        return _run(settings, store, selection, terminal, _Stopped())
     except (StageError, StoreError) as error:
         terminal.error(str(error))
         return _FAILED
@@ -120,7 +134,48 @@ def _url(settings: Settings) -> str:
     return f"{settings.run.root.rstrip('/')}/{settings.run.name}"
 
 
-def _run(settings: Settings, store: Store, selection: Selection, waiting: Terminal) -> int:
+def _plan_study(runs: Sequence[StudyRun], selection: Selection) -> int:
+    planned = list(plan(runs, selection))
+    width = max(len(one.run) for one in planned)
+    for step in planned:
+        print(f"{step.run:<{width}}  round {step.round}  {step.stage:<9} {step.state:<8} {step.why}".rstrip())
+    counts = Counter(step.state for step in planned)
+    told = ", ".join(f"{counts[state]} to {state}" for state in ("reuse", "rebuild", "share", "skip") if counts[state])
+    print(f"{len(runs)} runs, {len(planned)} outputs: {told}")
+    return 0
+
+
+def _study(settings: Settings, runs: Sequence[StudyRun], selection: Selection, terminal: Terminal) -> int:
+    """Every run of a study, one after the other, and its page behind each; the first that fails ends it."""
+    from pipeline.study.page import publish  # scipy and matplotlib are behind it
+
+    folder, stopped = run_folder(settings), _Stopped()
+    known: dict[str, Result] = {}
+    since = datetime.now(UTC).isoformat(timespec="seconds") if selection.force else ""
+    with RunLock(folder):
+        (folder / "config.yaml").write_text(dump_settings(settings))
+        signal.signal(signal.SIGTERM, stopped)
+        for number, one in enumerate(runs, 1):
+            terminal.info(f"study {settings.run.name}: run {number} of {len(runs)}, {one.name}")
+            code = _run(one.settings, store_of(one, runs, since), selection, terminal, stopped)
+            if code:
+                terminal.error(f"study {settings.run.name} ends in run {number} of {len(runs)}, {one.name}")
+                return code
+            try:
+                page = publish(settings, runs, runs[:number], known, folder)
+            except KeyboardInterrupt:
+                return _ended(terminal, stopped)
+        terminal.info(f"study: {page}" if page else "study: no run is evaluated yet, so there is no page")
+    return 0
+
+
+def _ended(terminal: Terminal, stopped: _Stopped) -> int:
+    word, code = ("terminated", _TERMINATED) if stopped.terminated else ("interrupted", _INTERRUPTED)
+    terminal.error(f"{word}; the same command continues with the stage that was under way")
+    return code
+
+
+def _run(settings: Settings, store: Store, selection: Selection, waiting: Terminal, stopped: _Stopped) -> int:
     folder = store.root
     folder.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < LEAST_FREE:
@@ -130,16 +185,13 @@ def _run(settings: Settings, store: Store, selection: Selection, waiting: Termin
         log_file.parent.mkdir(exist_ok=True)
         quiet_third_parties(log_file)
         terminal = Terminal(folder / "logs" / "run.log")
-        stopped = _Stopped()
         signal.signal(signal.SIGTERM, stopped)
         terminal.info(f"run {folder}" + (f", working copy of {_url(settings)}" if is_url(settings.run.root) else ""))
         pipeline = Pipeline(settings, folder, selection, terminal, store)
         try:
             lines = pipeline.run()
         except KeyboardInterrupt:
-            word, code = ("terminated", _TERMINATED) if stopped.terminated else ("interrupted", _INTERRUPTED)
-            terminal.error(f"{word}; the same command continues with the stage that was under way")
-            return code
+            return _ended(terminal, stopped)
         except Exception as error:
             if not _expected(error):
                 raise
@@ -172,7 +224,6 @@ def _config_file(name: str) -> Path:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    default = str(Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml")
     parser = argparse.ArgumentParser(
         prog="run.py",
         description="Teach a language model to take back its own mistakes: one run, stage by stage, reusing what is up to date.",
@@ -181,7 +232,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     stages = ", ".join(NAMES)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file")
-    parser.add_argument("--config", default=default, help="yaml file, or the name of one in configs/ (default: tiny)")
+    parser.add_argument(
+        "--config",
+        action="append",
+        metavar="FILE",
+        help=f"yaml file, or the name of one in configs/ (default: {_DEFAULT}); of several, later ones win",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
     parser.add_argument("--dry-run", action="store_true", help="print what would be reused and rebuilt and end")
     parser.add_argument("--only", action="append", default=[], metavar="STAGE", help=f"build this stage alone, of {stages}")

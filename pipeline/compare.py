@@ -88,7 +88,7 @@ def compare(a: Evaluation, b: Evaluation) -> list[Pair]:
     Raises:
         CompareError: other problems, or nothing in common.
     """
-    same = sum(b.problems.get(name) == told for name, told in a.problems.items())
+    same = shared_problems(a, b)
     if not same == len(a.problems) == len(b.problems):
         raise CompareError(
             f"{a.name} and {b.name} have different test sets: {same} problems are the same of {len(a.problems)} and "
@@ -97,10 +97,16 @@ def compare(a: Evaluation, b: Evaluation) -> list[Pair]:
     places = [place for place in a.rows if place in b.rows]
     if not places:
         raise CompareError(f"{a.name} and {b.name} have no model, mode and temperature in common")
-    return [pair for place in places for pair in _pairs(place, a.rows[place], b.rows[place])]
+    return [pair for place in places for pair in pairs_of(place, a.rows[place], b.rows[place])]
 
 
-def _pairs(place: Place, a: Mapping[str, Row], b: Mapping[str, Row]) -> Iterable[Pair]:
+def shared_problems(a: Evaluation, b: Evaluation) -> int:
+    """How many have the same question and answer in both."""
+    return sum(b.problems.get(name) == told for name, told in a.problems.items())
+
+
+def pairs_of(place: Place, a: Mapping[str, Row], b: Mapping[str, Row]) -> Iterable[Pair]:
+    """b - a on the problems that both have, by kind; `place` is what the pairs are called."""
     both = [(row, b[name]) for name, row in a.items() if name in b]
     for group, belongs in groups([before for before, _ in both]):
         some = [(before, after) for before, after in both if belongs(before)]

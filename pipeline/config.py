@@ -5,7 +5,6 @@ Those of the tasks stand in task_config.py. settings_file.py reads them from a y
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -16,6 +15,7 @@ from pipeline.cluster_config import ClusterSettings
 from pipeline.dpo_config import DpoSettings
 from pipeline.engine_config import EngineSettings, check_handover
 from pipeline.evaluate_config import EvaluateSettings, SamplingSettings
+from pipeline.experiment_config import ExperimentSettings, StudySettings
 from pipeline.grpo_config import GrpoSettings, LoraSettings
 from pipeline.monitor_config import MonitorSettings
 from pipeline.prm_config import PrmSettings
@@ -310,32 +310,6 @@ class DecodeSettings(Section):
         return self
 
 
-_VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-
-
-class ExperimentSettings(Section):
-    """Ways to fine-tune, compared from the same model on the same traces, see pipeline/stages/experiment.py."""
-
-    variants: dict[str, dict[str, Any]] = Field({}, description="{name: settings of sft that differ, ..}; none: no experiment.")
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="Seeds of training; each variant is trained with every one.")
-    problems: int = Field(150, ge=1, le=100_000, description="Dev problems decoded at every check.")
-
-    @field_validator("variants")
-    @classmethod
-    def _have_names(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        for name in value:
-            if not _VARIANT.fullmatch(name):
-                raise ValueError(f"the name {name!r:.80} must be of letters, digits, - and _")
-        return value
-
-    @field_validator("seeds")
-    @classmethod
-    def _are_seeds(cls, value: list[int]) -> list[int]:
-        if len(set(value)) < len(value) or not all(0 <= seed < 2**31 for seed in value):
-            raise ValueError("must be different whole numbers from 0 to 2147483647")
-        return value
-
-
 class ReportSettings(Section):
     rollouts: int = Field(50, ge=0, le=10_000, description="Rollouts shown, deleted tokens struck through.")
     judged: int = Field(30, ge=0, le=10_000, description="Wrong training rollouts shown, their first error marked.")
@@ -365,6 +339,7 @@ class Settings(Section):
     decode: DecodeSettings = Field(DecodeSettings(), description="Decoding that rewinds.")
     evaluate: EvaluateSettings = Field(EvaluateSettings(), description="Measuring.")
     experiment: ExperimentSettings = Field(ExperimentSettings(), description="Ways to fine-tune, compared.")
+    study: StudySettings = Field(StudySettings(), description="Whole runs, compared.")
     report: ReportSettings = Field(ReportSettings(), description="The page.")
 
     @model_validator(mode="before")
@@ -437,11 +412,20 @@ class Settings(Section):
 
 def variant(settings: Settings, name: str) -> SftSettings:
     """The section sft as a variant of the experiment changes it; checks are at `sft.checks.every`, or at the end alone."""
-    return SftSettings.model_validate(_merge(settings.sft.model_dump(), settings.experiment.variants[name]))
+    return SftSettings.model_validate(merged(settings.sft.model_dump(), settings.experiment.variants[name]))
 
 
-def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    return values | {
-        key: _merge(values[key], value) if isinstance(value, dict) and isinstance(values.get(key), dict) else value
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with changes put over them."""
+    return dict(values) | {
+        key: merged(values[key], value) if isinstance(value, dict) and isinstance(values.get(key), dict) else value
         for key, value in changes.items()
     }
+
+
+def of_one_task(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, without those of a task in whose place the changes put another."""
+    before, after = values.get("task"), changes.get("task")
+    if isinstance(before, dict) and isinstance(after, dict) and after.get("name", before.get("name")) != before.get("name"):
+        return {key: value for key, value in values.items() if key != "task"}
+    return dict(values)

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.figures import Line, Plot, is_number
 from pipeline.metrics import TRAINED
 
-_TITLES = {
+TITLES = {
     "hindsight": "hindsight: the evidence comes after the choice",
     "forward": "forward: the evidence comes before it",
     "all": "all problems",
@@ -43,7 +43,7 @@ def headline(metrics: Mapping[str, Any], temperature: float) -> list[Plot]:
     groups = [group for group in ("hindsight", "forward") if any(row["group"] == group for row in rows)] or ["all"]
     return [
         Plot(
-            _TITLES[group],
+            TITLES[group],
             [
                 Line(name, [(row["tokens_per_problem"], row["accuracy"])], _band(row))
                 for name, model, mode in shown

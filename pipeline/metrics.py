@@ -51,6 +51,10 @@ class Evaluated:
     """Tokens that each run of undo tokens took back; 0 for a run that met nothing."""
     first_errors: int = 0
     """Errors that the judge finds in the first try."""
+    rationalised: bool = False
+    """Wrong at last, and a false equation in the surviving text makes a wrong decision before it fit."""
+    first_rationalised: bool = False
+    """The same of the first try."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def _at_temperature(
                 place = {"round": round, "model": model, "split": split, "group": group, "temperature": temperature}
                 here_modes = [mode for mode in modes if (model, mode, split) in measured]
                 evaluations += [place | {"mode": mode} | figures(chosen[model, mode]) for mode in here_modes]
-                first = figures([_first_try(row) for row in chosen[model, main]])
+                first = figures([first_try(row) for row in chosen[model, main]])
                 del first["cut_at_max_tokens"]  # how first tries ended is not kept
                 evaluations.append(place | {"mode": "forbidden"} | first)
             place = {"round": round, "split": split, "group": group, "temperature": temperature}
@@ -182,10 +186,10 @@ def _accuracy(correct: Sequence[bool]) -> dict[str, Any]:
     }
 
 
-def _first_try(row: Evaluated) -> Evaluated:
+def first_try(row: Evaluated) -> Evaluated:
     ids = row.first_token_ids
     undone = replace(row, undos=0, noops=0, spurious=0, undo_lengths=())
-    return replace(undone, correct=row.first_correct, tokens=len(ids), token_ids=ids)
+    return replace(undone, correct=row.first_correct, rationalised=row.first_rationalised, tokens=len(ids), token_ids=ids)
 
 
 def tokens_table(evaluations: Sequence[dict[str, Any]]) -> list[str]:

@@ -139,6 +139,8 @@ class Evidence:
     """What the last round shows beside accuracies: records as in `metrics.json`, and figures of them."""
 
     difficulty: Sequence[Mapping[str, Any]] = ()
+    rationalisation: Sequence[Mapping[str, Any]] = ()
+    error_kinds: Sequence[Mapping[str, Any]] = ()
     passes: Sequence[Mapping[str, Any]] = ()
     biases: Sequence[Mapping[str, Any]] = ()
     hazards: Sequence[Mapping[str, Any]] = ()
@@ -195,6 +197,7 @@ def templates(*more: Path) -> Environment:
         "p_value": p_value,
         "points": points,
         "reach": lambda ends: f"{points(ends[0])} to {points(ends[1])}" if ends else NONE,
+        "span": span,
         "visible": visible,
         "clip": clip,
         "settings": lambda changes: ", ".join(f"{key} {value}" for key, value in changes.items()) or "nothing",
@@ -335,6 +338,13 @@ def number(value: Any, digits: int = 1, sign: bool = False) -> str:
         return signed(value, digits)
     least = 10**-digits
     return f"<{NBSP}{least:.{digits}f}" if 0 < value < least / 2 else f"{value:,.{digits}f}"
+
+
+def span(ends: Any, digits: int = 1, sign: bool = False) -> str:
+    """Two values, such as an interval in nats."""
+    if not isinstance(ends, Sequence) or isinstance(ends, str) or not all(map(is_number, ends)):
+        return NONE
+    return " to ".join(number(end, digits, sign) for end in ends)
 
 
 def signed(value: float, digits: int = 1) -> str:

@@ -110,6 +110,9 @@ class Pipeline:
             workers: Workers | None = None
             for round, stage in self._steps():
                 state, why = self._decide(round, stage, set())
+                if state == "rebuild" and (beside := self._adopt(round, stage)):
+                    self._terminal.info(f"{stage.name}: the same as in {beside}, taken from there")
+                    state, why = "reuse", ""
                 if state == "rebuild":
                     workers = workers or stack.enter_context(self._workers())
                     began = time.monotonic()
@@ -200,7 +203,7 @@ class Pipeline:
                 shutil.copyfile(file, part / file.name)
         adapter = self._store.path(*place) / "adapter"  # of LoRA, beside the merged weights
         if adapter.is_dir():
-            shutil.copytree(adapter, part / adapter.name)
+            shutil.copytree(adapter, part / adapter.name, copy_function=shutil.copyfile)
         for name in ("README.md", "retract.json"):
             shutil.copyfile(report / name, part / name)
         if head:
@@ -253,6 +256,14 @@ class Pipeline:
         if self._store.manifest(round, stage.name).key != self._resolve(round, stage).key:  # type: ignore[union-attr]
             return "rebuild", "settings or inputs changed"
         return "reuse", ""
+
+    def _adopt(self, round: int, stage: Stage) -> str | None:
+        """The run from which an output was taken that would have to be built; None where no other has it."""
+        found = self._store.adopt(round, stage.name, self._resolve(round, stage).key)
+        if found:
+            shutil.rmtree(self._store.root / ".resume" / f"{round}-{stage.name}", ignore_errors=True)
+            self._checked.pop((round, stage.name), None)
+        return found
 
     def _build(self, round: int, stage: Stage, workers: Workers) -> None:
         found = self._resolve(round, stage)

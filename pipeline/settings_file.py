@@ -16,41 +16,101 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
-from pipeline.config import Section, Settings
+from pipeline.config import Section, Settings, merged, of_one_task
 
 
 class ConfigError(ValueError):
     """A setting is wrong. The message is one line."""
 
 
-def load_settings(file: Path, overrides: Sequence[str] = ()) -> Settings:
-    """Read a yaml file, apply `key.sub=value` overrides, validate.
+def load_settings(files: Path | Sequence[Path], overrides: Sequence[str] = ()) -> Settings:
+    """Read yaml files, of which later ones win, apply `key.sub=value` overrides, validate; the variants of a study too.
+
+    A file that names another task than those before it takes nothing from their section task.
 
     Raises:
         ConfigError: one line that names the key, its file (or the command line) and what is allowed.
     """
+    given: list[tuple[str, DictConfig]] = []
+    values: dict[str, Any] = {}
+    for file in [files] if isinstance(files, Path) else files:
+        read = _read(file)
+        more: Any = OmegaConf.to_container(read)
+        values = merged(of_one_task(values, more), more)
+        given.append((str(file), read))
+    from_files, from_command_line = OmegaConf.create(values), _parse_overrides(overrides)
+    names = " and ".join(name for name, _ in given)
     try:
-        from_file = OmegaConf.load(file)
+        whole: Any = OmegaConf.to_container(OmegaConf.merge(from_files, from_command_line), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{names}: {' '.join(str(error).split())}") from None
+    try:
+        settings = Settings.model_validate(whole)
+    except ValidationError as error:
+        problem, path = _first(error)
+        if _overridden(problem, path, from_files, from_command_line):
+            where = "the command line"
+        else:
+            where = next((name for name, read in reversed(given) if _holds(read, path)), names)
+        key = ".".join(path) or "settings of several sections"
+        raise ConfigError(f"{key} (set in {where}): {_explain(problem, path)}") from None
+    for name in settings.study.variants:
+        vary(settings, name, settings.study.seeds[0])
+    return settings
+
+
+def vary(settings: Settings, name: str, seed: int) -> Settings:
+    """Those of a study's run: of one variant, with one seed. Its folder stands in that of the study.
+
+    Raises:
+        ConfigError: one line that names the variant, the key and what is allowed.
+    """
+    changes = settings.study.variants[name]
+    run = changes.get("run")
+    of_all = [f"run.{key}" for key in ("name", "root", "cache", "seed") if isinstance(run, dict) and key in run]
+    if of_all := [*of_all, *(key for key in ("study",) if key in changes)]:
+        raise ConfigError(f"study.variants.{name}: {of_all[0]} is the same for the whole study and not for a variant to set")
+    values = settings.model_dump()
+    values = merged(of_one_task(values, changes), changes) | {"study": {}}
+    if isinstance(values["run"], dict):
+        root = f"{settings.run.root.rstrip('/')}/{settings.run.name}"
+        values["run"] |= {"name": f"{name}-{seed}", "root": root, "seed": seed}
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        problem, path = _first(error)
+        key = f" {'.'.join(path)}:" if path else ""
+        raise ConfigError(f"study.variants.{name}:{key} {_explain(problem, path)}") from None
+
+
+def _read(file: Path) -> DictConfig:
+    try:
+        found = OmegaConf.load(file)
     except FileNotFoundError:
         raise ConfigError(f"no configuration file {file}") from None
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is no yaml file: {' '.join(str(error).split())}") from None
-    if not isinstance(from_file, DictConfig):
+    if not isinstance(found, DictConfig):
         raise ConfigError(f"{file} must hold keys and values at its top level")
-    from_command_line = _parse_overrides(overrides)
-    try:
-        merged = OmegaConf.to_container(OmegaConf.merge(from_file, from_command_line), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
-    try:
-        return Settings.model_validate(merged)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        loc = problem["loc"]
-        path = [str(part) for part in (loc[:1] + loc[2:] if loc[:1] == ("task",) else loc)]  # behind `task` stands the task's name
-        where = "the command line" if _overridden(problem, path, from_file, from_command_line) else str(file)
-        key = ".".join(path) or "settings of several sections"
-        raise ConfigError(f"{key} (set in {where}): {_explain(problem, path)}") from None
+    return found
+
+
+def _first(error: ValidationError) -> tuple[Any, list[str]]:
+    """The first problem, and the keys that lead to it."""
+    problem = error.errors(include_url=False)[0]
+    loc = problem["loc"]
+    keys = loc[:1] + loc[2:] if loc[:1] == ("task",) else loc  # behind `task` stands the task's name
+    return problem, [str(part) for part in keys]
+
+
+def _holds(given: DictConfig, path: Sequence[str]) -> bool:
+    """Whether a file says anything of a key, or of the section whose key it leaves out."""
+    found: Any = OmegaConf.to_container(given)
+    for part in path[:1] if len(path) == 1 else path[:-1]:
+        if not isinstance(found, dict) or part not in found:
+            return False
+        found = found[part]
+    return bool(path)
 
 
 def dump_settings(settings: Settings) -> str:

@@ -75,11 +75,13 @@ class Paired:
 def paired(before: Sequence[bool], after: Sequence[bool]) -> Paired | None:
     """after - before. None for no rows. Raises ValueError when the lengths differ."""
     pairs = list(zip(before, after, strict=True))
-    n = len(pairs)
+    return paired_counts(sum(b and not a for a, b in pairs), sum(a and not b for a, b in pairs), len(pairs))
+
+
+def paired_counts(gained: int, lost: int, n: int) -> Paired | None:
+    """The same of what is known by number: n problems, of which so many became right, so many wrong."""
     if n == 0:
         return None
-    gained = sum(b and not a for a, b in pairs)
-    lost = sum(a and not b for a, b in pairs)
     difference = (gained - lost) / n
     half = 1.96 * max(0.0, gained + lost - (gained - lost) ** 2 / n) ** 0.5 / n
     p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from actors.checks import BATCH, COSINES
 from pipeline.figures import Line, Plot
 from pipeline.report import MEASURES
 
 _KINDS = ("hindsight", "forward")
+COSINE_WORDS = ("error, undo", "error, correction", "undo, correction")
 
 
 def plots_of(curves: Mapping[str, Mapping[str, Any]]) -> list[Plot]:
@@ -39,6 +41,7 @@ def _of_checks(probes: Sequence[Sequence[Any]], round: str) -> list[Plot]:
         return [_line(kind, found.get((kind, name), ())) for kind in _KINDS]
 
     both = (("P(undo | own error)", "p_undo_error"), ("P(undo | right)", "p_undo_right"))
+    cosines = [_line(word, found.get((BATCH, name), ())) for name, word in zip(COSINES, COSINE_WORDS, strict=True)]
     return [
         *(
             Plot(f"round {round}: P(undo), {kind}", [_line(word, found.get((kind, name), ())) for word, name in both], True)
@@ -46,6 +49,7 @@ def _of_checks(probes: Sequence[Sequence[Any]], round: str) -> list[Plot]:
         ),
         Plot(f"round {round}: log p(error | prefix), nats", lines("logp_error")),
         Plot(f"round {round}: P(correction | after undo)", lines("p_correction"), True),
+        Plot(f"round {round}: cosine of gradients", cosines, whole=False),
     ]
 
 

@@ -16,7 +16,7 @@ from datasets import Features, Value
 from datasets import List as ListOf
 
 from pipeline.backtrack.cursor import DecodeRequest, Mode
-from pipeline.breakdown import by_bias, by_difficulty, undo_lengths_by_model
+from pipeline.breakdown import by_bias, by_difficulty, by_error_kind, rationalisation, undo_lengths_by_model
 from pipeline.causal import hazards, interventions
 from pipeline.config import EvaluateSettings
 from pipeline.metrics import Evaluated, Probed, acceptance, in_numbers, summarise, tokens_table
@@ -53,6 +53,8 @@ ROWS = Features(
         "steps": Value("int32"),
         "undo_lengths": ListOf(Value("int32")),
         "first_errors": Value("int32"),
+        "rationalised": Value("bool"),
+        "first_rationalised": Value("bool"),
     }
 )
 PROBES = Features(
@@ -114,6 +116,8 @@ def run(context: Context) -> None:
     main, round = asked.modes[0], context.round
     metrics = summarise(rows, probes, round, main) | {
         "difficulty": list(by_difficulty(rows, round)),
+        "rationalisation": list(rationalisation(rows, round)),
+        "error_kinds": list(by_error_kind(probes, round)),
         "undo_lengths": list(undo_lengths_by_model(rows, round)),
         "passes": list(passes(samples, round)),
         "biases": list(by_bias(biased, round)),

@@ -22,7 +22,7 @@ KINDS = {
     "paraphrase": "right, worded otherwise",
     "right": "right, gold words",
 }
-NEW = ("difficulty", "undo_lengths", "passes", "biases", "hazards", "interventions")
+NEW = ("difficulty", "rationalisation", "error_kinds", "undo_lengths", "passes", "biases", "hazards", "interventions")
 """Lists of metrics.json that stand here."""
 
 
@@ -33,6 +33,10 @@ def evidence_of(metrics: Mapping[str, Any], audits: Sequence[Mapping[str, Any]],
     main = next((one["mode"] for one in metrics["rounds"] if one["round"] == last), "")
     return Evidence(
         difficulty=[one for one in of["difficulty"] if (one["mode"], one["temperature"]) == (main, settings.evaluate.temperature)],
+        rationalisation=[
+            one for one in of["rationalisation"] if (one["temperature"], one["split"]) == (settings.evaluate.temperature, "test")
+        ],
+        error_kinds=of["error_kinds"],
         passes=of["passes"],
         biases=of["biases"],
         hazards=of["hazards"],

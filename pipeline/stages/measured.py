@@ -15,7 +15,7 @@ from pipeline.metrics import Evaluated
 from pipeline.rollout_log import Rolled
 from pipeline.stages.io import Codec, decoding_of
 from pipeline.stages.prm import named_signal
-from pipeline.stages.probes import errors_in, spurious_undos
+from pipeline.stages.probes import errors_in, rationalises, spurious_undos
 from pipeline.stages.rollouts import context_length, row_seed
 from pipeline.stages.stage import Context
 from pipeline.tasks.problem import Problem
@@ -88,6 +88,7 @@ def evaluated(
 ) -> Evaluated:
     """A completion and its first try, judged."""
     undone = apply_undo(done.token_ids, codec.rule)
+    text, first_text = codec.decode(undone.surviving).text, codec.decode(first.token_ids).text
     return Evaluated(
         model=model,
         mode=mode,
@@ -96,8 +97,8 @@ def evaluated(
         family=problem.family,
         hindsight=problem.hindsight,
         temperature=temperature,
-        correct=judge_of(problem).correct(problem, codec.decode(undone.surviving).text),
-        first_correct=judge_of(problem).correct(problem, codec.decode(first.token_ids).text),
+        correct=judge_of(problem).correct(problem, text),
+        first_correct=judge_of(problem).correct(problem, first_text),
         tokens=len(done.token_ids),
         undos=undone.undos,
         noops=undone.noops,
@@ -107,7 +108,9 @@ def evaluated(
         first_token_ids=first.token_ids,
         steps=problem.solution.count("\n"),
         undo_lengths=undo_lengths(done.token_ids, codec.rule),
-        first_errors=errors_in(problem, codec.decode(first.token_ids).text),
+        first_errors=errors_in(problem, first_text),
+        rationalised=rationalises(problem, text),
+        first_rationalised=rationalises(problem, first_text),
     )
 
 

@@ -24,6 +24,7 @@ from pipeline.stages.sources import locate
 from pipeline.stages.stage import Context
 from pipeline.tasks.problem import Problem
 from rewards.rollout import undo_runs, verdict_of
+from verifiers.arithmetic import equations
 from verifiers.tasks import judge_of
 
 
@@ -191,6 +192,15 @@ def errors_in(problem: Problem, text: str) -> int:
     """Errors that the judge finds in a whole solution: the first one, and false results behind it."""
     verdict = verdict_of(problem, text)
     return (verdict.error is not None) + len(verdict.later)
+
+
+def rationalises(problem: Problem, text: str) -> bool:
+    """Whether a wrong solution makes its wrong decision fit: an equation behind the first error does not hold. Where that error is
+    itself a false result there was no decision to be made fit."""
+    verdict = verdict_of(problem, text)
+    if verdict.correct or verdict.error is None or verdict.error.kind in ("arithmetic", "copy"):
+        return False
+    return any(one.verdict == "false" and one.right_start >= verdict.error.end for one in equations(text))
 
 
 def spurious_undos(problem: Problem, ids: Sequence[int], codec: Codec) -> int:

@@ -20,6 +20,7 @@ from pipeline.passes import Sample
 from pipeline.stages.io import Codec
 from pipeline.stages.measured import Model, decode
 from pipeline.stages.prm import MODEL as PRM
+from pipeline.stages.probes import rationalises
 from pipeline.stages.rollouts import rolled, row_seed
 from pipeline.stages.stage import Context
 from pipeline.tasks.problem import Problem
@@ -168,6 +169,7 @@ def elected(
                 own[problem.id],
                 mode=VOTE if values is None else BEST,
                 correct=judge_of(problem).correct(problem, texts[winner]),
+                rationalised=rationalises(problem, texts[winner]),
                 tokens=sum(len(sample.token_ids) for sample in samples),
                 undos=0,
                 noops=0,

@@ -193,6 +193,11 @@ class Store:
         file = self.path(round, stage) / name
         return file.read_text("utf-8") if file.is_file() else None
 
+    def adopt(self, round: int, stage: str, key: str) -> str | None:
+        """Put an output of this key, which stands whole elsewhere, in its place here; the name of where it stood, or None. Other
+        places than the folder itself are known to a store of pipeline/store/shared.py."""
+        return None
+
     def share(self, round: int, stage: str) -> None:
         """Put an output where others see it: a run folder on a disk is that place."""
 

@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(set((REPOSITORY / "configs").rglob("*.yaml")) - set((REPOSITORY / "configs" / "cluster").iterdir()))
 SECTIONS = (
     "run, task, undo, base, engine, cluster, monitor, rollouts, judge, traces, sft, search, prm, dpo, grpo, decode, evaluate, "
-    "experiment, report"
+    "experiment, study, report"
 )
 
 

@@ -22,6 +22,7 @@ FLOORS = {
             "dpo_config",
             "engine_config",
             "evaluate_config",
+            "experiment_config",
             "grpo_config",
             "prm_config",
             "step_metrics",
@@ -46,8 +47,10 @@ FLOORS = {
     "actors": 3,
     **dict.fromkeys(("card", "figures", "headline", "report", "search_page", "stages"), 4),
     "runner": 5,
-    **dict.fromkeys(("cli", "calibrate", "compare", "view"), 6),
-    "run": 7,
+    **dict.fromkeys(("calibrate", "compare", "view"), 6),
+    "study": 7,
+    "cli": 8,
+    "run": 9,
 }
 TOP_LEVEL = {
     "pyproject.toml", "pipeline", "actors", "rewards", "verifiers", "tests", "configs", "run.py",
