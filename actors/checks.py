@@ -29,6 +29,7 @@ BATCH = "batch"
 """Group of what is measured on the fixed batch: loss, loss_by_hand, masked_share, and the cosines of COSINES; n is its number of
 traces."""
 COSINES = ("cos_error_undo", "cos_error_correction", "cos_undo_correction")
+_TERMS: dict[object, str] = {Role.ERROR: "error", "undo": "undo", Role.CORRECTION: "correction"}
 _ALLOWED, _ALLOWED_BF16 = 1e-3, 5e-2  # relative difference of the two losses
 _MOST_WEIGHTS = 2**28  # beyond which no cosines are measured: three gradients are held at once
 _RATE, _PROBABILITY = 0.02, 0.02  # an alarm needs at least so much of right states, of P(U | right)
@@ -290,11 +291,7 @@ def term_cosines(model: Any, data: TrainingSet, numbers: Sequence[int], pad_id: 
         layout = laid_out([[Example((trace,), len(trace.ids), 0, (number,))]], data, pad_id)
         places: dict[str, set[tuple[int, int]]] = {"error": set(), "undo": set(), "correction": set()}
         for column, action in zip(layout.column.tolist(), layout.actions, strict=True):
-            term = (
-                "undo"
-                if action.token == data.rule.undo_id
-                else {Role.ERROR: "error", Role.CORRECTION: "correction"}.get(action.role)
-            )
+            term = _TERMS.get("undo" if action.token == data.rule.undo_id else action.role)
             if term and not action.ends_run:
                 places[term].add((column, action.token))
         row = (layout.input_ids, layout.position_ids, layout.attention_mask())

@@ -15,14 +15,26 @@ from hypothesis import given, settings
 from transformers import AutoModelForCausalLM
 
 import actors.dynamic as dynamic
-from actors.by_hand import loss_by_hand
-from actors.checks import CheckError, Decodes, Graded, HeldOut, HeldOutError, Measured, alarms, masked_share, said
+from actors.by_hand import loss_by_hand, taught
+from actors.checks import (
+    COSINES,
+    CheckError,
+    Decodes,
+    Graded,
+    HeldOut,
+    HeldOutError,
+    Measured,
+    alarms,
+    masked_share,
+    said,
+    term_cosines,
+)
 from actors.learner import Curve, TrainingError, TreeTrainer, fit
 from actors.packing import TrainingSet, collate, examples_of
 from actors.probe import ProbeRow
 from pipeline.backtrack.cursor import DecodeRequest, Decoding
 from pipeline.backtrack.targets import Form, Targets
-from pipeline.backtrack.trace import Detour, WrongTry, build_trace
+from pipeline.backtrack.trace import Detour, Role, WrongTry, build_trace
 from pipeline.backtrack.undo import UndoRule
 from pipeline.config import SftSettings
 from tests.actors.drawn import LAYOUTS, PAD, ROW, model_of, traces
@@ -287,3 +299,32 @@ def test_alarms_of_a_check_that_is_under_way() -> None:
     probes = [Measured(step, "all", "p_undo_right", value, 0.0, 1.0, 2) for step, value in ((0, 0.0), (50, 0.9))]
     states = [(0, (0.0, 0.0)), (50, (0.9, 0.9)), (100, (0.9, 0.9))]
     assert alarms(probes, states, 0.7) == alarms(probes, states[:2], 0.7) != []
+
+
+@pytest.mark.parametrize("form", ["soft", "rewind"])
+def test_cosines_are_those_of_plain_forwards(form: Any) -> None:
+    """Every place alone, its context from the start; whatever is masked."""
+    tries = [[], [Detour(2, WrongTry((4, 1), (True, False)))], [], [Detour(2, WrongTry((2, 6, 0), (False, True, False)))]]
+    made = [build_trace((5, n), (1, 3, n, 6), some, rule("step")) for n, some in enumerate(tries)]
+    data = TrainingSet(made, rule("step"), Targets("decision"), Form(form, "immediate"))
+    model = model_of("llama")
+    sums: dict[str, Any] = {}
+    for trace in data.traces:
+        if Role.UNDO not in trace.roles:
+            continue
+        for one in taught(trace, replace(data, targets=Targets("none"))):
+            terms = {Role.ERROR: "error", Role.UNDO: "undo", Role.CORRECTION: "correction"}
+            if term := terms.get(Role(trace.roles[one.at])):
+                logits = model(input_ids=torch.tensor([one.context]), use_cache=False).logits[0, -1]
+                sums[term] = sums.get(term, 0) + logits.log_softmax(-1)[one.target]
+    found = {}
+    for term, total in sums.items():
+        parts = torch.autograd.grad(total, list(model.parameters()), retain_graph=True, allow_unused=True)
+        found[term] = torch.cat([part.flatten() for part in parts if part is not None])
+    cosines = term_cosines(model, data, range(4), PAD)
+    assert list(cosines) == list(COSINES)
+    for name, value in cosines.items():
+        a, b = name.split("_")[1:]
+        assert value == pytest.approx(float(torch.nn.functional.cosine_similarity(found[a], found[b], dim=0)), abs=1e-4)
+    assert all(weight.grad is None for weight in model.parameters())
+    assert term_cosines(model, data, [0, 2], PAD) == {}  # clean rows
