@@ -426,6 +426,8 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 def of_one_task(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The values, without those of a task in whose place the changes put another."""
     before, after = values.get("task"), changes.get("task")
-    if isinstance(before, dict) and isinstance(after, dict) and after.get("name", before.get("name")) != before.get("name"):
-        return {key: value for key, value in values.items() if key != "task"}
+    if isinstance(before, dict) and isinstance(after, dict):
+        name = before.get("name", "synthetic")
+        if after.get("name", name) != name:
+            return {key: value for key, value in values.items() if key != "task"}
     return dict(values)
