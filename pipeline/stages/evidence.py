@@ -105,8 +105,8 @@ def audits_of(
     histories: Mapping[str, Sequence[Mapping[str, Any]]],
     rounds: Iterable[int],
 ) -> list[dict[str, Any]]:
-    """The planting audit: over the checks of each fine-tuning and each reinforcement learning, on dev problems; over the models that
-    a round makes one out of the other, and over rounds, on test problems.
+    """The planting audit: over the checks of each fine-tuning and each reinforcement learning, on dev problems; over the models
+    that a round makes one out of the other, and over rounds, on test problems.
 
     Args:
         histories: of reinforcement learning, by `grpo-ROUND` and `grpo-ROUND-control`.

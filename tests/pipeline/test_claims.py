@@ -102,7 +102,8 @@ def test_each_temperature_has_its_own_word_and_hot_decoding_is_set_beside_cold()
         *(row("clean_control", group, 20, 0.0, 1.0) for group in ("all", "hindsight")),
         *(row("sft", group, 60, 0.0, 1.0) for group in ("all", "hindsight")),
     ]
-    found = of(pair("clean_control rewind", "hindsight", 0.1), pair("clean_control rewind", "hindsight", -0.1, 0.02, 1.0), rows=rows)
+    cold, hot = (pair("clean_control rewind", "hindsight", gain, 0.02, at) for gain, at in ((0.1, 0.0), (-0.1, 1.0)))
+    found = of(cold, hot, rows=rows)
     assert [(one.temperature, one.verdict) for one in found[MORE]] == [(0.0, "holds"), (1.0, "does not hold")]
     (one,) = found[COLD]
     assert (one.temperature, one.verdict) == (1.0, "holds")
@@ -131,7 +132,8 @@ def test_planted_errors_and_first_tries() -> None:
     assert found[NOTICES][0].verdict == "holds" and found[PLANTS][0].verdict == "holds"
     found = of(hazards=[hazard("arithmetic", 4), hazard("paraphrase", 3)], planting=[audit(0.0, 0.0001), audit(-0.002, 0.001)])
     assert found[NOTICES][0].verdict == "not decided"
-    assert found[PLANTS][0].verdict == "does not hold" and found[PLANTS][0].figures.startswith("sft, round 1, dev: \u221220.0 points")
+    assert found[PLANTS][0].verdict == "does not hold"
+    assert found[PLANTS][0].figures.startswith("sft, round 1, dev: \u221220.0 points")  # the worst of the two
 
 
 def test_claims_of_real_summaries_agree_with_their_tests_and_stand_on_the_page() -> None:
