@@ -139,7 +139,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "search",
-        1,
+        2,
         lambda round: (_PROBLEMS, _model(round)),
         lambda s: (
             _generation(s)
