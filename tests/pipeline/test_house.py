@@ -37,6 +37,7 @@ FLOORS = {
             "metrics",
             "breakdown",
             "causal",
+            "claims",
             "passes",
             "install",
         ),
