@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 _STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
-_MARKERS = "osD^"  # of lines of one point, which dashes cannot tell apart
+_MARKERS = "osD^vPX*"  # of lines of one point, which dashes cannot tell apart
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _draw(axes: Any, plot: Plot, colours: Colours) -> None:
             continue
         if len(line.points) == 1:
             reach = [[values[0] - line.band[0][1]], [line.band[0][2] - values[0]]] if line.band else None
-            mark = _MARKERS[(i + i // len(colours.series)) % len(_MARKERS)]
+            mark = _MARKERS[i % len(_MARKERS)]
             axes.errorbar(steps, values, reach, color=colour, fmt=mark, markersize=6, linewidth=1.6, clip_on=False, label=line.name)
             continue
         if line.band:

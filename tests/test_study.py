@@ -51,7 +51,7 @@ def test_a_study_that_is_stopped_goes_on_and_builds_nothing_twice(tmp_path: Path
             if "run 2 of 4" in "".join(said) and line.startswith("[sft]"):
                 first.send_signal(signal.SIGINT)
                 break
-        out, err = first.communicate(timeout=300)
+        out, err = first.communicate(timeout=600)
     told = "".join(said) + out
     assert first.returncode == 130, told + err
     assert "study two ends in run 2 of 4, decision-0" in err and "run 3 of 4" not in told
@@ -59,7 +59,7 @@ def test_a_study_that_is_stopped_goes_on_and_builds_nothing_twice(tmp_path: Path
     page = json.loads((folder / "study.json").read_text())  # of what there is
     assert [run["evaluated"] for one in page["variants"] for run in one["runs"]] == [False, False, True, False]
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     shared = ["reused"] * 5 + ["built"] * 3
     assert states(done.stdout) == [["reused"] * 8, shared, ["built"] * 8, shared]
