@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.breakdown import by_bias, by_difficulty, undo_lengths_by_model
+from pipeline.breakdown import by_bias, by_difficulty, by_error_kind, rationalisation, undo_lengths_by_model
 from pipeline.causal import ARMS, RIGHT, WRONG, Outcome, hazards, interventions
 from pipeline.config import Settings
 from pipeline.figures import Line, Plot, figures
@@ -49,6 +49,8 @@ def records() -> dict[str, Any]:
     found = {"run": "made", "rounds": [{"round": 1, "accepted": True, "mode": "rewind"}]}
     return found | summarise(rows, probed(), 1, "rewind") | {
         "difficulty": list(by_difficulty(rows, 1)),
+        "rationalisation": list(rationalisation([replace(row, rationalised=not row.correct) for row in rows], 1)),
+        "error_kinds": list(by_error_kind(probed(), 1)),
         "undo_lengths": list(undo_lengths_by_model(rows, 1)),
         "passes": list(passes(samples, 1)),
         "biases": list(by_bias(biased, 1)),
@@ -94,6 +96,8 @@ def test_every_part_is_on_the_page(tmp_path: Path) -> None:
     assert causal.count("<figure>") == 1 + 1 + 6 and "right, worded otherwise" in causal and "first tries get worse" in causal
     assert causal.count('<th scope="row">after') == 2 * 2  # kinds of interventions for all and forward problems
     assert causal.count('<th scope="row">false result</th><td>20</td>') == 1
+    assert between(html, "rationalisation").count(f"100.0{NBSP}%") == 3 * 2  # models and modes; first tries hold none
+    assert between(html, "detection").count("<td>product</td>") == 3
     missing = between(html, "missing")
     assert "temperature 1 (evaluate.also_at)" in missing and "stage grpo (grpo.steps)" in missing
     assert "bias sweep" not in missing and "planted errors" not in missing and "clean control" not in missing
