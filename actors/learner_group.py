@@ -21,7 +21,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from actors.checks import HeldOut
-from actors.cluster import ClusterError, LearnerDied
+from actors.cluster import ClusterError, LearnerDied, environment
 from actors.learner import Curve, DevCheck, TrainingError, fit
 from actors.memory import how_to_save, killed
 from actors.packing import TrainingSet
@@ -104,7 +104,7 @@ class _LearnerGroup:
                     storage_path=folder,
                     logging_config=LoggingConfig(log_level="ERROR"),
                     failure_config=FailureConfig(max_failures=0),  # the next run goes on from the last checkpoint
-                    worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}},
+                    worker_runtime_env={"env_vars": environment(threads)},
                 ),
             )
             try:

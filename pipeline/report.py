@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -234,6 +235,7 @@ def render(page: Page) -> str:
         probe=_finder(metrics["probes"], "round", "model", "group"),
         worded=[in_words(one) for one in comparisons if _is_told(one)],
         comparisons=comparisons,
+        claimed=[(claim, list(some)) for claim, some in groupby(metrics.get("claims", ()), itemgetter("claim"))],
         also_at=_also_at(page, last, compared),
         phrase=phrase,
         evidence=page.evidence,

@@ -284,21 +284,6 @@ def test_a_search_values_states_by_the_process_reward_model_of_its_round(others:
     assert seen
 
 
-def test_a_second_round_trains_on_the_traces_of_both(finished: tuple[Path, str]) -> None:
-    output = run(finished[0], "run.rounds=2").stdout
-    assert re.findall(r"^ *(\d)  (\w+) +\S+ +\S+  built$", output, re.MULTILINE) == [
-        *(("2", stage) for stage in ("rollouts", "judge", "traces", "sft", "evaluate")),
-        ("2", "report"),
-    ]
-    store = Store(finished[0] / "smoke")
-    rows = [store.manifest(round, "traces").counts["rows"] for round in (1, 2)]
-    assert store.manifest(2, "sft").counts["rows"] == sum(rows)
-    questions = [set(load_from_disk(store.path(round, "rollouts"))["id"]) for round in (1, 2)]
-    assert not questions[0] & questions[1]
-    metrics = json.loads((finished[0] / "smoke" / "metrics.json").read_text())
-    assert {row["round"] for row in metrics["evaluations"]} == {1, 2}
-
-
 def test_a_damaged_output_is_rebuilt_and_never_used(finished: tuple[Path, str]) -> None:
     store = Store(finished[0] / "smoke")
     file = next(store.path(0, "problems").glob("*.arrow"))

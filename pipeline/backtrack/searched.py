@@ -5,6 +5,7 @@ Pure functions, like harvest.py, which reads traces off the same trees. Written 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ class Searched:
         return found[::-1]
 
     def surviving(self, node: int) -> Ids:
-        return tuple(token for one in self.path(node) for token in self.ids[one])
+        return _text(self, self.path(node))
 
     def children(self) -> list[list[int]]:
         found: list[list[int]] = [[] for _ in self.parent]
@@ -81,9 +82,9 @@ class Pair:
     rejected_ids: Ids
     kind: str
     """`step`: a step of high value against one of low value; `undo`: a wrong step taken back and put right against that step gone
-    on with."""
+    on with; `keep`: right text gone on with to the end of its step against an undo there."""
     margin: float
-    """Difference of the Monte-Carlo values."""
+    """Difference of the Monte-Carlo values; 1 for `keep`."""
 
 
 def step_values(tree: Searched) -> Iterator[StepValue]:
@@ -99,6 +100,7 @@ def pairs(tree: Searched, margin: float, rule: UndoRule, most: int, low: float =
 
     An undo pair needs a rejected branch in which nothing ended right. It goes on along the simulated way until its value is at
     `low`: there the undos stand, and behind them the right way to its end. The rejected side goes on to the end of its solution.
+    With each comes a keep pair, at a place of chance of that right way: undo pairs alone make undo likelier everywhere.
     """
     children, at, given = tree.children(), 0, 0
     while given < most:
@@ -115,7 +117,14 @@ def pairs(tree: Searched, margin: float, rule: UndoRule, most: int, low: float =
             undo = _undo_pair(tree, children, prefix, best, worst, rule, low)
             if undo is not None:
                 yield Pair(prefix, *undo, "undo", difference)
+                yield _keep_pair(tree, prefix + _text(tree, _way(tree, children, best, 1) or []), given, rule)
         at = best
+
+
+def _keep_pair(tree: Searched, solution: Ids, number: int, rule: UndoRule) -> Pair:
+    place = random.Random(f"{tree.problem}/keep/{number}").randrange(1, max(2, len(solution)))
+    end = next((at for at in range(place, len(solution)) if solution[at] in rule.step_end_ids), len(solution))
+    return Pair(solution[:place], solution[place : end + 1], (rule.undo_id,), "keep", 1.0)
 
 
 def _undo_pair(
@@ -126,8 +135,8 @@ def _undo_pair(
     if right is None or wrong is None or tree.value[worst] > 0:
         return None
     evidence = next(count for count, node in enumerate(wrong, start=1) if tree.value[node] <= low)
-    tried = tuple(token for node in wrong[:evidence] for token in tree.ids[node])
-    solution = prefix + tuple(token for node in right for token in tree.ids[node])
+    tried = _text(tree, wrong[:evidence])
+    solution = prefix + _text(tree, right)
     first = next(
         (i for i, token in enumerate(tried) if i + len(prefix) >= len(solution) or token != solution[len(prefix) + i]), None
     )
@@ -135,7 +144,11 @@ def _undo_pair(
         return None
     marks = tuple(first <= i < len(tree.ids[worst]) for i in range(len(tried)))
     trace = build_trace(tree.prompt_ids, solution, [Detour(len(prefix), WrongTry(tried, marks))], rule)
-    return trace.ids[len(tree.prompt_ids) + len(prefix) :], tuple(token for node in wrong for token in tree.ids[node])
+    return trace.ids[len(tree.prompt_ids) + len(prefix) :], _text(tree, wrong)
+
+
+def _text(tree: Searched, nodes: Sequence[int]) -> Ids:
+    return tuple(token for node in nodes for token in tree.ids[node])
 
 
 def _way(tree: Searched, children: Sequence[Sequence[int]], node: int, end: int) -> list[int] | None:

@@ -99,9 +99,18 @@ def _audit(one: Mapping[str, Any]) -> Iterator[Plot]:
     yield Plot(f"{one['name']}: errors in a first try", [errors], across=one["unit"])
 
 
-def audits_of(inputs: Mapping[str, Path], curves: Mapping[str, Mapping[str, Any]], rounds: Iterable[int]) -> list[dict[str, Any]]:
-    """The planting audit: over the checkpoints of each fine-tuning, on dev problems; over the models that a round makes one out of
-    the other, and over rounds, on test problems."""
+def audits_of(
+    inputs: Mapping[str, Path],
+    curves: Mapping[str, Mapping[str, Any]],
+    histories: Mapping[str, Sequence[Mapping[str, Any]]],
+    rounds: Iterable[int],
+) -> list[dict[str, Any]]:
+    """The planting audit: over the checks of each fine-tuning and each reinforcement learning, on dev problems; over the models
+    that a round makes one out of the other, and over rounds, on test problems.
+
+    Args:
+        histories: of reinforcement learning, by `grpo-ROUND` and `grpo-ROUND-control`.
+    """
     found = []
     for name, curve in curves.items():
         times = [
@@ -109,6 +118,11 @@ def audits_of(inputs: Mapping[str, Path], curves: Mapping[str, Mapping[str, Any]
             for step, right, errors in curve.get("first_tries", ())
         ]
         found.append(planting(f"{name.replace('-', ', round ')}, dev", "step", times))
+    for name, records in histories.items():
+        checks = [(one["step"], one["first_tries"]) for one in records if "first_tries" in one]
+        times = [FirstTries(step, one["problems"], one["correct"], one["errors"]) for step, one in checks]
+        _, number, *control = name.split("-")
+        found.append(planting(f"grpo{' of the control' if control else ''}, round {number}, dev", "step", times))
     ends: list[FirstTries] = []
     for round in rounds:
         models = _first_tries(inputs[f"evaluate-{round}"])

@@ -139,7 +139,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "search",
-        1,
+        2,
         lambda round: (_PROBLEMS, _model(round)),
         lambda s: (
             _generation(s)
@@ -212,7 +212,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "grpo",
-        1,
+        2,
         lambda round: (_PROBLEMS, _model(round), Input("sft", round, "sft")),
         lambda s: (
             _generation(s)
@@ -255,7 +255,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "report",
-        6,
+        7,
         lambda round: (
             _PROBLEMS,
             _BASE,

@@ -30,7 +30,7 @@ from pipeline.backtrack.tree import Walk
 from pipeline.rollout_log import Rolled
 from pipeline.stages.io import Codec, decoding_of, read_problems, write_json
 from pipeline.stages.prm import MODEL as PRM
-from pipeline.stages.probes import spread
+from pipeline.stages.probes import errors_in, spread
 from pipeline.stages.rollouts import context_length, row_seed, within_context
 from pipeline.stages.sft import CONTROL
 from pipeline.stages.stage import Context, StageError
@@ -408,12 +408,12 @@ class _Loop:
         for mode in modes:
             decoding = decoding_of(self._codec, settings.decode, mode, 0.0, 1.0, self._asked.max_tokens)
             decoded, _ = self._pool.decode(requests, decoding, settings.rollouts.batch)
-            right = [
-                judge_of(problem).correct(problem, self._codec.decode(one.surviving).text)
-                for problem, one in zip(self._dev, all_there(decoded), strict=True)
-            ]
+            texts = [self._codec.decode(one.surviving).text for one in all_there(decoded)]
+            right = [judge_of(problem).correct(problem, text) for problem, text in zip(self._dev, texts, strict=True)]
             if mode == "forbidden":
+                errors = [errors_in(problem, text) for problem, text in zip(self._dev, texts, strict=True)]
                 found["first_try_accuracy"] = fmean(right)
+                found["first_tries"] = {"problems": [one.id for one in self._dev], "correct": right, "errors": errors}
             else:
                 found |= {"greedy_accuracy": fmean(right), "greedy_undo_rate": fmean(one.undos > 0 for one in all_there(decoded))}
         return found

@@ -6,6 +6,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 
 from actors.checks import BATCH
 from pipeline.card import model_card, usage
+from pipeline.claims import claims
 from pipeline.config import Settings
 from pipeline.figures import Line, Plot, picture
 from pipeline.headline import headline, table
@@ -51,17 +53,18 @@ def run(context: Context) -> None:
     with context.terminal.stage("report", None) as progress:
         tables = [table for round in rounds for table in _trace_tables(context.inputs, round, problems)]
         curves = _curves(context.inputs, rounds)
-        compared = _compared(context.inputs)
+        learned, compared = _histories(context.inputs, "grpo"), _compared(context.inputs)
         rollouts = read_rows(context.inputs[f"evaluate-{context.round}"])
         metrics = _gather(context, rounds)
         trained = trained_stage(settings)
         groups = _choose(rollouts, trained, metrics["rounds"][-1]["mode"], settings.report.rollouts, problems, codec)
-        metrics["planting"] = audits_of(context.inputs, curves, rounds)
+        metrics["planting"] = audits_of(context.inputs, curves, learned, rounds)
         if compared:
             metrics["experiment"] = compared
         verifiers = [context.inputs[f"prm-{round}"] / "metrics.json" for round in rounds if f"prm-{round}" in context.inputs]
         if verifiers:
             metrics["verifiers"] = [json.loads(file.read_text()) for file in verifiers]
+        metrics["claims"] = [asdict(one) for one in claims(metrics)]
         metrics["counts"] = _counts(problems.values(), tables, curves, rollouts)
         write_json(metrics, context.out / "metrics.json")
         page = Page(
@@ -74,7 +77,7 @@ def run(context: Context) -> None:
             plots=[
                 *plots_of(curves),
                 *dpo_plots(_histories(context.inputs, "dpo")),
-                *grpo_plots(_histories(context.inputs, "grpo")),
+                *grpo_plots(learned),
             ],
             checked=_checked(curves),
             experiment=experiment_plots(compared),

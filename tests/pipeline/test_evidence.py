@@ -75,9 +75,15 @@ def between(html: str, start: str) -> str:
 def test_every_part_is_on_the_page(tmp_path: Path) -> None:
     write_rows([asdict(row) for row in evaluated()], ROWS, tmp_path)
     metrics = records()
-    audits = audits_of({"evaluate-1": tmp_path}, {"sft-1": curve_of(0.7, 0.6, 0.4), "base": {}}, [1])
-    assert [one["name"] for one in audits] == ["sft, round 1, dev", "the trained model of each round, test"]
-    assert planted_word(audits[0]) == "first tries get worse"
+    problems = [str(number) for number in range(100)]
+    learned = [
+        {"step": step, "first_tries": {"problems": problems, "correct": right, "errors": errors}}
+        for step, right, errors in curve_of(0.5, 0.9)["first_tries"]
+    ]
+    histories = {"grpo-1": [learned[0], {"step": 1, "reward": 0.5}, learned[1]], "grpo-1-control": []}
+    audits = audits_of({"evaluate-1": tmp_path}, {"sft-1": curve_of(0.7, 0.6, 0.4), "base": {}}, histories, [1])
+    assert [one["name"] for one in audits] == ["sft, round 1, dev", "grpo, round 1, dev", "the trained model of each round, test"]
+    assert [planted_word(one) for one in audits[:2]] == ["first tries get worse", "first tries get better"]
     html = html_of(metrics, audits, Settings())
     parsed(html)
     assert html == html_of(metrics, audits, Settings())
@@ -85,7 +91,7 @@ def test_every_part_is_on_the_page(tmp_path: Path) -> None:
     samples, undos, causal = between(html, "samples"), between(html, "undos"), between(html, "causal")
     assert samples.count("<figure>") == 2 and "clean control, undo forbidden" in samples
     assert "tokens taken back by one run of undos" in undos and undos.count("<tr") == 1 + 2 * 3 * 3
-    assert causal.count("<figure>") == 1 + 1 + 4 and "right, worded otherwise" in causal and "first tries get worse" in causal
+    assert causal.count("<figure>") == 1 + 1 + 6 and "right, worded otherwise" in causal and "first tries get worse" in causal
     assert causal.count('<th scope="row">after') == 2 * 2  # kinds of interventions for all and forward problems
     assert causal.count('<th scope="row">false result</th><td>20</td>') == 1
     missing = between(html, "missing")

@@ -36,6 +36,7 @@ FLOORS = {
             "metrics",
             "breakdown",
             "causal",
+            "claims",
             "passes",
             "install",
         ),

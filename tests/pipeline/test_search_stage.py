@@ -133,9 +133,18 @@ def test_what_the_stage_writes(inputs: dict[str, Path], tmp_path: Path) -> None:
         ends = {tuple(path(tree, node)): tree["right"][node] for node in range(len(tree["parent"])) if tree["right"][node] >= 0}
         assert ends == {gold: 1, wrong: 0} and tree["solved"] and tree["simulations"] == 2 and sum(tree["undone"]) >= 1
         assert tree["tokens"] > len(wrong)
-    assert {one["kind"] for one in pairs} == {"step", "undo"} and all(one["margin"] == 1.0 for one in pairs)
+    kinds = [one["kind"] for one in pairs]
+    assert set(kinds) == {"step", "undo", "keep"} and all(one["margin"] == 1.0 for one in pairs)
+    assert kinds.count("keep") == kinds.count("undo") > 0
     for one in pairs:
         problem = by_id[one["problem"]]
+        if one["kind"] == "keep":
+            kept, gold = one["prefix_ids"] + one["chosen_ids"], run.codec.solution_ids(problem.solution)
+            assert one["rejected_ids"] == [run.codec.rule.undo_id] and one["chosen_ids"] and one["prefix_ids"]
+            assert kept == list(gold[: len(kept)])
+            inner = set(one["chosen_ids"][:-1])
+            assert not inner & run.codec.rule.step_end_ids  # to the end of one step, and no further
+            continue
         sides = [one["prefix_ids"] + one[side] for side in ("chosen_ids", "rejected_ids")]
         solved = [judge_of(problem).correct(problem, text(run.codec, ids)) for ids in sides]
         assert solved == [True, False]
