@@ -60,7 +60,9 @@ class GrpoSettings(PolicyTraining):
         description="Drawn like any token, with undo_bias; or decided by decode.threshold, at times the other way.",
     )
     undo_bias: float = Field(0.0, ge=-100, le=100, description="Undo sampled: added to its logit, in rollouts and in learning.")
-    undo_epsilon: float = Field(0.05, gt=0, lt=1, description="Undo epsilon: share of the decisions that are turned round.")
+    undo_epsilon: float = Field(
+        0.005, gt=0, lt=1, description="Undo epsilon: share of the decisions that are turned round; every id is one."
+    )
     importance: Literal["token", "sequence", "none"] = Field(
         "token",
         description="Weights for rollouts of another policy: of tokens, up to the cap; of rollouts, 0 beyond it; none.",

@@ -21,8 +21,8 @@ def load(task: Gsm8kTask, seed: int) -> tuple[list[Problem], int]:
     Raises:
         TaskError: a missing file, a bad row (with on_bad_row: fail), or too few rows.
     """
-    train, bad_train = _read(task, "train", task.train_file, task.max_train and task.max_train + task.dev)
-    test, bad_test = _read(task, "test", task.test_file, task.max_test)
+    train, bad_train = read(task, "train", task.train_file, task.max_train and task.max_train + task.dev)
+    test, bad_test = read(task, "test", task.test_file, task.max_test)
     asked = {problem.question for problem in test}
     train = [problem for problem in train if problem.question not in asked]
     if len(train) <= task.dev:
@@ -32,7 +32,12 @@ def load(task: Gsm8kTask, seed: int) -> tuple[list[Problem], int]:
     return split + test, bad_train + bad_test
 
 
-def _read(task: Gsm8kTask, split: str, file: str | None, most: int | None) -> tuple[list[Problem], int]:
+def read(task: Gsm8kTask, split: str, file: str | None, most: int | None = None) -> tuple[list[Problem], int]:
+    """The first problems of one of its splits, each question once, and how many bad rows were skipped.
+
+    Raises:
+        TaskError: a missing file, a bad row (with on_bad_row: fail), or no usable row.
+    """
     problems: list[Problem] = []
     seen: set[str] = set()
     bad = 0
