@@ -15,7 +15,7 @@ def usage(settings: Settings) -> str:
     """`retract.json`: what a decoder has to know of the model, beside the weights; actors/saved.py reads it."""
     undo, asked = settings.undo, settings.evaluate
     found = {"undo_token": undo.token, "unit": undo.unit, "prompt": settings.base.prompt, "temperature": asked.temperature}
-    found |= {"top_p": asked.top_p, "max_tokens": asked.max_tokens}
+    found |= {"mode": asked.modes[0], "top_p": asked.top_p, "max_tokens": asked.max_tokens}
     return json.dumps(found | settings.decode.model_dump(), indent=1) + "\n"
 
 
