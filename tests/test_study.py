@@ -27,7 +27,7 @@ engine: {kind: hf}
 sft: {steps: 4, control: false, checks: {problems: 12, first_tries: 2}}
 evaluate: {max_tokens: 48, modes: [rewind], votes: 0, planted: 0, dev: 4, ood: 2, probes: 4}
 report: {rollouts: 2}
-study: {seeds: [0, 1], variants: {span: {sft: {mask: span}}, decision: {}}, against: decision}
+study: {seeds: [3], variants: {span: {sft: {mask: span}}, decision: {}}, against: decision}
 """
 
 
@@ -48,46 +48,43 @@ def test_a_study_that_is_stopped_goes_on_and_builds_nothing_twice(tmp_path: Path
         said = []
         for line in first.stdout:
             said.append(line)
-            if "run 2 of 4" in "".join(said) and line.startswith("[sft]"):
+            if "run 2 of 2" in "".join(said) and line.startswith("[sft]"):
                 first.send_signal(signal.SIGINT)
                 break
         out, err = first.communicate(timeout=600)
     told = "".join(said) + out
     assert first.returncode == 130, told + err
-    assert "study two ends in run 2 of 4, decision-0" in err and "run 3 of 4" not in told
+    assert "study two ends in run 2 of 2, decision-3" in err
     assert states(told) == [["built"] * 8]
     page = json.loads((folder / "study.json").read_text())  # of what there is
-    assert [run["evaluated"] for one in page["variants"] for run in one["runs"]] == [False, False, True, False]
+    assert [run["evaluated"] for row in page["variants"] for run in row["runs"]] == [False, True]
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     shared = ["reused"] * 5 + ["built"] * 3
-    assert states(done.stdout) == [["reused"] * 8, shared, ["built"] * 8, shared]
-    for seed in (0, 1):
-        for round, stage in ((0, "problems"), (0, "base"), (1, "rollouts"), (1, "judge"), (1, "traces")):
-            one, other = (Store(folder / f"{name}-{seed}") for name in ("span", "decision"))
-            assert one.check(round, stage) is None and other.check(round, stage) is None
-            for file in one.manifest(round, stage).files:
-                assert os.path.samefile(one.path(round, stage) / file, other.path(round, stage) / file)
-    assert Store(folder / "span-0").manifest(0, "base").key != Store(folder / "span-1").manifest(0, "base").key
+    assert states(done.stdout) == [["reused"] * 8, shared]
+    one, other = (Store(folder / f"{name}-3") for name in ("span", "decision"))
+    for round, stage in ((0, "problems"), (0, "base"), (1, "rollouts"), (1, "judge"), (1, "traces")):
+        assert one.check(round, stage) is None and other.check(round, stage) is None
+        for file in one.manifest(round, stage).files:
+            assert os.path.samefile(one.path(round, stage) / file, other.path(round, stage) / file)
 
     found = json.loads((folder / "study.json").read_text())
-    assert all(run["evaluated"] for one in found["variants"] for run in one["runs"])
+    assert all(run["evaluated"] for row in found["variants"] for run in row["runs"])
     own = {
-        f"{name}-{seed}": next(
-            one["accuracy"]
-            for one in json.loads((folder / f"{name}-{seed}" / "metrics.json").read_text())["evaluations"]
-            if (one["model"], one["mode"], one["split"], one["group"]) == ("sft", "rewind", "test", "all")
+        name: next(
+            row["accuracy"]
+            for row in json.loads((folder / f"{name}-3" / "metrics.json").read_text())["evaluations"]
+            if (row["model"], row["mode"], row["split"], row["group"]) == ("sft", "rewind", "test", "all")
         )
         for name in ("span", "decision")
-        for seed in (0, 1)
     }
-    for one in found["figures"]:
-        if one["trained"] and one["group"] == "all":
-            assert one["accuracy"]["by_seed"] == {str(seed): own[f"{one['variant']}-{seed}"] for seed in (0, 1)} and one["n"] == 32
-    assert [one["variant"] for one in found["differences"] if one["group"] == "all"] == ["span"] and found["cosines"]
-    assert {row["seed"] for row in csv.DictReader((folder / "study.csv").open())} == {"0", "1", "mean"}
+    for row in found["figures"]:
+        if row["trained"] and row["group"] == "all":
+            assert row["accuracy"]["by_seed"] == {"3": own[row["variant"]]} and row["n"] == 16
+    assert [row["variant"] for row in found["differences"] if row["group"] == "all"] == ["span"] and found["cosines"]
+    assert {row["seed"] for row in csv.DictReader((folder / "study.csv").open())} == {"3", "mean"}
     parsed((folder / "study.html").read_text())
 
     again = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert again.stdout.splitlines()[-1] == "4 runs, 32 outputs: 32 to reuse"
+    assert again.stdout.splitlines()[-1] == "2 runs, 16 outputs: 16 to reuse"
