@@ -41,7 +41,8 @@ def _of_checks(probes: Sequence[Sequence[Any]], round: str) -> list[Plot]:
         return [_line(kind, found.get((kind, name), ())) for kind in _KINDS]
 
     both = (("P(undo | own error)", "p_undo_error"), ("P(undo | right)", "p_undo_right"))
-    cosines = [_line(word, found.get((BATCH, name), ())) for name, word in zip(COSINES, COSINE_WORDS, strict=True)]
+    measured = [(name, word) for name, word in zip(COSINES, COSINE_WORDS, strict=True) if (BATCH, name) in found]
+    cosines = [_line(word, found[BATCH, name]) for name, word in measured]
     return [
         *(
             Plot(f"round {round}: P(undo), {kind}", [_line(word, found.get((kind, name), ())) for word, name in both], True)
@@ -49,7 +50,7 @@ def _of_checks(probes: Sequence[Sequence[Any]], round: str) -> list[Plot]:
         ),
         Plot(f"round {round}: log p(error | prefix), nats", lines("logp_error")),
         Plot(f"round {round}: P(correction | after undo)", lines("p_correction"), True),
-        Plot(f"round {round}: cosine of gradients", cosines, whole=False),
+        *([Plot(f"round {round}: cosine of gradients", cosines, whole=False)] if cosines else []),
     ]
 
 
