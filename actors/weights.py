@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.engines import MODELLESS, Engine, Request, Sampling
 
-_PROBES = 8  # random prompts whose next token is compared
+_PROBES = 16  # random prompts whose next token is compared
 _PROBE_TOKENS = 3  # of each: the probe is most of what handing over a large model costs on CPUs
 
 

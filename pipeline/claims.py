@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.metrics import BASELINES, TRAINED
+from pipeline.report import p_value, points
 from pipeline.statistics import share
 
 Verdict = Literal["holds", "does not hold", "not decided", "not measured"]
@@ -139,9 +140,8 @@ def _difference(pair: Record | None, missing: str, least: float = 0.0) -> Said:
     if pair is None:
         return "not measured", missing
     low, high = pair["ci95"]
-    return _verdict(low, high, least), (
-        f"{_points(pair['difference'])} points, 95 % {_points(low)} to {_points(high)}, {_p(pair['mcnemar_p'])}, n {pair['n']:,}"
-    )
+    reach = f"{points(pair['difference'])} points, 95 % {points(low)} to {points(high)}"
+    return _verdict(low, high, least), f"{reach}, McNemar p {p_value(pair['mcnemar_p'])}, n {pair['n']:,}"
 
 
 def _apart(one: Record, other: Record) -> Said:
@@ -151,7 +151,7 @@ def _apart(one: Record, other: Record) -> Said:
     other_below, other_above = other["accuracy"] - other["ci95"][0], other["ci95"][1] - other["accuracy"]
     low, high = value - (below**2 + other_above**2) ** 0.5, value + (above**2 + other_below**2) ** 0.5
     told = f"{100 * one['accuracy']:.1f} % of {one['n']:,} against {100 * other['accuracy']:.1f} % of {other['n']:,}"
-    return _verdict(low, high), f"{told}: {_points(value)} points, 95 % {_points(low)} to {_points(high)}"
+    return _verdict(low, high), f"{told}: {points(value)} points, 95 % {points(low)} to {points(high)}"
 
 
 def _contrast(late: Record | None, early: Record | None) -> Said:
@@ -161,8 +161,8 @@ def _contrast(late: Record | None, early: Record | None) -> Said:
     value = late["difference"] - early["difference"]
     half = sum(((one["ci95"][1] - one["ci95"][0]) / 2) ** 2 for one in (late, early)) ** 0.5
     return _verdict(value - half, value + half), (
-        f"{_points(late['difference'])} points there, {_points(early['difference'])} elsewhere: {_points(value)} apart, "
-        f"95 % {_points(value - half)} to {_points(value + half)}"
+        f"{points(late['difference'])} points there, {points(early['difference'])} elsewhere: {points(value)} apart, "
+        f"95 % {points(value - half)} to {points(value + half)}"
     )
 
 
@@ -195,11 +195,11 @@ def _plants_nothing(audits: Sequence[Record]) -> Said:
     """First tries over each training, or over rounds, by the slope within problems."""
     said: list[Said] = []
     for one in audits:
-        slope, points = one["accuracy_trend"], one["points"]
+        slope, times = one["accuracy_trend"], one["points"]
         if slope and slope["low"] is not None:
-            reach = points[-1]["at"] - points[0]["at"]
+            reach = times[-1]["at"] - times[0]["at"]
             low, value, high = (slope[key] * reach for key in ("low", "slope", "high"))
-            told = f"{one['name']}: {_points(value)} points, 95 % {_points(low)} to {_points(high)}, n {one['n']:,}"
+            told = f"{one['name']}: {points(value)} points, 95 % {points(low)} to {points(high)}, n {one['n']:,}"
             said.append((_verdict(low, high, -FIRST_TRIES), told))
     return _worst(said, "needs sft.checks")
 
@@ -215,11 +215,3 @@ def _worst(said: Sequence[Said], missing: str) -> Said:
 
 def _verdict(low: float, high: float, bound: float = 0.0) -> Verdict:
     return "holds" if low > bound else "does not hold" if high < bound else "not decided"
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "\u2212")
-
-
-def _p(value: float) -> str:
-    return "McNemar p < .001" if value < 0.001 else f"McNemar p {value:.3f}"

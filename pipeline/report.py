@@ -39,6 +39,12 @@ MEASURES = (
     ("errors_per_try", "errors in a first try"),
 )
 """What an experiment measures, with the words for it."""
+COSINES = {
+    "cos_error_undo": "error, undo",
+    "cos_error_correction": "error, correction",
+    "cos_undo_correction": "undo, correction",
+}
+"""Cosines of gradients by the names that the checks of a training give them, in words."""
 KINDS = ("all", "forward", "hindsight")
 LABELS = {
     "base": "before",

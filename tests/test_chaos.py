@@ -6,12 +6,10 @@ ids and counts.
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
 import pytest
-from datasets import load_from_disk
 
 from benchmarks.chaos import KINDS, among_kills, moved, outputs, run_in, scripted, undisturbed
 
@@ -24,16 +22,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("chaos")
     undisturbed(found / "calm", scripted(found))
     return found
-
-
-def test_a_second_round_trains_on_the_traces_of_both(folder: Path) -> None:
-    store = run_in(folder / "calm")
-    rows = [store.manifest(round, "traces").counts["rows"] for round in (1, 2)]
-    assert store.manifest(2, "sft").counts["rows"] == sum(rows) > rows[0] > 0
-    questions = [set(load_from_disk(store.path(round, "rollouts"))["id"]) for round in (1, 2)]
-    assert not questions[0] & questions[1]
-    metrics = json.loads((store.root / "metrics.json").read_text())
-    assert {row["round"] for row in metrics["evaluations"]} == {1, 2}
 
 
 def test_two_rounds_among_kills_are_those_of_an_undisturbed_run(folder: Path) -> None:

@@ -149,7 +149,7 @@ def test_the_newest_accepted_model_stands_beside_the_rounds_with_its_card(finish
         "tokenizer_config.json",
     ]
     usage = json.loads((exported / "retract.json").read_text())
-    assert usage["undo_token"] in tokenizer.get_vocab() and usage["threshold"] == 0.001
+    assert usage["undo_token"] in tokenizer.get_vocab() and (usage["threshold"], usage["mode"]) == (0.001, "rewind")
     assert SavedModel.load(exported, {}).settings.max_tokens == 96
     card = (exported / "README.md").read_text()
     assert "| sft | rewind | 0 | all | 16 |" in card and "sft-1" in card
@@ -282,6 +282,21 @@ def test_a_search_values_states_by_the_process_reward_model_of_its_round(others:
         assert [tree["value"][node] for node in leaves] == pytest.approx(wanted, abs=1e-3)
         seen += len(leaves)
     assert seen
+
+
+def test_a_second_round_trains_on_the_traces_of_both(finished: tuple[Path, str]) -> None:
+    output = run(finished[0], "run.rounds=2").stdout
+    assert re.findall(r"^ *(\d)  (\w+) +\S+ +\S+  built$", output, re.MULTILINE) == [
+        *(("2", stage) for stage in ("rollouts", "judge", "traces", "sft", "evaluate")),
+        ("2", "report"),
+    ]
+    store = Store(finished[0] / "smoke")
+    rows = [store.manifest(round, "traces").counts["rows"] for round in (1, 2)]
+    assert store.manifest(2, "sft").counts["rows"] == sum(rows)
+    questions = [set(load_from_disk(store.path(round, "rollouts"))["id"]) for round in (1, 2)]
+    assert not questions[0] & questions[1]
+    metrics = json.loads((finished[0] / "smoke" / "metrics.json").read_text())
+    assert {row["round"] for row in metrics["evaluations"]} == {1, 2}
 
 
 def test_a_damaged_output_is_rebuilt_and_never_used(finished: tuple[Path, str]) -> None:

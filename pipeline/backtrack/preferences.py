@@ -116,8 +116,8 @@ def undo_pair(trace: Trace, emitted: Ids, rule: UndoRule, horizon: int | None = 
     # Unit `all` writes the prefix again: that is no step of the correction.
     stands = len(apply_undo(prefix + chosen[: undone[-1] + 1], rule).surviving)
     begun = undone[-1] + 1 + max(0, len(prefix) - stands)
-    chosen = chosen[:begun] + _steps(chosen[begun:], rule, horizon)
-    rejected = rejected[: pair.shared] + _steps(rejected[pair.shared :], rule, horizon)
+    chosen = chosen[:begun] + first_steps(chosen[begun:], rule, horizon)
+    rejected = rejected[: pair.shared] + first_steps(rejected[pair.shared :], rule, horizon)
     return Pair(pair.prompt_ids, prefix, chosen, rejected, "undo", wrong=wrong[: len(chosen)])
 
 
@@ -128,13 +128,13 @@ def step_pair(trace: Trace, emitted: Ids, rule: UndoRule) -> Pair | None:
     if emitted[: len(prefix)] != prefix:
         return None
     right = apply_undo(trace.ids[start:], rule).surviving[len(prefix) :]
-    return Pair(trace.ids[:start], prefix, _steps(right, rule, 1), _steps(emitted[len(prefix) :], rule, 1), "step")
+    return Pair(trace.ids[:start], prefix, first_steps(right, rule, 1), first_steps(emitted[len(prefix) :], rule, 1), "step")
 
 
 def keep_pair(trace: Trace, rule: UndoRule, at: int) -> Pair:
     """The right way of a trace gone on with to the end of the step, against undo behind its first `at` tokens."""
     right = apply_undo(trace.ids[trace.prompt_length :], rule).surviving
-    return Pair(trace.ids[: trace.prompt_length], right[:at], _steps(right[at:], rule, 1), (rule.undo_id,), "keep")
+    return Pair(trace.ids[: trace.prompt_length], right[:at], first_steps(right[at:], rule, 1), (rule.undo_id,), "keep")
 
 
 def _places(trace: Trace) -> tuple[int, int]:
@@ -143,7 +143,7 @@ def _places(trace: Trace) -> tuple[int, int]:
     return trace.prompt_length, next(at for at, role in enumerate(trace.roles) if role in tried)
 
 
-def _steps(ids: Ids, rule: UndoRule, count: int) -> Ids:
+def first_steps(ids: Ids, rule: UndoRule, count: int) -> Ids:
     """The first so many steps, their ends included."""
     ends = [at for at, token in enumerate(ids) if token in rule.step_end_ids]
     return ids[: ends[count - 1] + 1] if len(ends) >= count else ids

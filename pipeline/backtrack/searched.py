@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pipeline.backtrack.preferences import first_steps
 from pipeline.backtrack.trace import Detour, WrongTry, build_trace
 from pipeline.backtrack.undo import UndoRule
 
@@ -114,25 +115,24 @@ def pairs(tree: Searched, margin: float, rule: UndoRule, most: int, low: float =
             prefix = tree.surviving(at)
             given += 1
             yield Pair(prefix, tree.ids[best], tree.ids[worst], "step", difference)
-            undo = _undo_pair(tree, children, prefix, best, worst, rule, low)
-            if undo is not None:
+            right = _way(tree, children, best, 1)
+            undo = right and _undo_pair(tree, children, prefix, right, worst, rule, low)
+            if right and undo:
                 yield Pair(prefix, *undo, "undo", difference)
-                yield _keep_pair(tree, prefix + _text(tree, _way(tree, children, best, 1) or []), given, rule)
+                yield _keep_pair(tree, prefix + _text(tree, right), given, rule)
         at = best
 
 
 def _keep_pair(tree: Searched, solution: Ids, number: int, rule: UndoRule) -> Pair:
     place = random.Random(f"{tree.problem}/keep/{number}").randrange(1, max(2, len(solution)))
-    end = next((at for at in range(place, len(solution)) if solution[at] in rule.step_end_ids), len(solution))
-    return Pair(solution[:place], solution[place : end + 1], (rule.undo_id,), "keep", 1.0)
+    return Pair(solution[:place], first_steps(solution[place:], rule, 1), (rule.undo_id,), "keep", 1.0)
 
 
 def _undo_pair(
-    tree: Searched, children: Sequence[Sequence[int]], prefix: Ids, best: int, worst: int, rule: UndoRule, low: float
+    tree: Searched, children: Sequence[Sequence[int]], prefix: Ids, right: Sequence[int], worst: int, rule: UndoRule, low: float
 ) -> tuple[Ids, Ids] | None:
-    right = _way(tree, children, best, 1)
     wrong = _way(tree, children, worst, 0)
-    if right is None or wrong is None or tree.value[worst] > 0:
+    if wrong is None or tree.value[worst] > 0:
         return None
     evidence = next(count for count, node in enumerate(wrong, start=1) if tree.value[node] <= low)
     tried = _text(tree, wrong[:evidence])

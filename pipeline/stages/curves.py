@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from actors.checks import BATCH, COSINES
+from actors.checks import BATCH
 from pipeline.figures import Line, Plot
-from pipeline.report import MEASURES
+from pipeline.report import COSINES, MEASURES
 
 _KINDS = ("hindsight", "forward")
-COSINE_WORDS = ("error, undo", "error, correction", "undo, correction")
 
 
 def plots_of(curves: Mapping[str, Mapping[str, Any]]) -> list[Plot]:
@@ -41,8 +40,7 @@ def _of_checks(probes: Sequence[Sequence[Any]], round: str) -> list[Plot]:
         return [_line(kind, found.get((kind, name), ())) for kind in _KINDS]
 
     both = (("P(undo | own error)", "p_undo_error"), ("P(undo | right)", "p_undo_right"))
-    measured = [(name, word) for name, word in zip(COSINES, COSINE_WORDS, strict=True) if (BATCH, name) in found]
-    cosines = [_line(word, found[BATCH, name]) for name, word in measured]
+    cosines = [_line(word, found[BATCH, name]) for name, word in COSINES.items() if (BATCH, name) in found]
     return [
         *(
             Plot(f"round {round}: P(undo), {kind}", [_line(word, found.get((kind, name), ())) for word, name in both], True)

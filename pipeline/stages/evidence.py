@@ -29,7 +29,7 @@ NEW = ("difficulty", "rationalisation", "error_kinds", "undo_lengths", "passes",
 def evidence_of(metrics: Mapping[str, Any], audits: Sequence[Mapping[str, Any]], settings: Settings) -> Evidence:
     """Of the last round; the audits are of all rounds."""
     last = max((one["round"] for one in metrics["rounds"]), default=0)
-    of = {name: [one for one in metrics.get(name, ()) if one["round"] == last] for name in NEW}
+    of = {name: [one for one in metrics[name] if one["round"] == last] for name in NEW}
     main = next((one["mode"] for one in metrics["rounds"] if one["round"] == last), "")
     return Evidence(
         difficulty=[one for one in of["difficulty"] if (one["mode"], one["temperature"]) == (main, settings.evaluate.temperature)],

@@ -17,7 +17,7 @@ from pipeline.config import Settings
 from pipeline.figures import DARK, LIGHT, Line, Plot, figures, is_number
 from pipeline.headline import TITLES
 from pipeline.metrics import KIND_GROUPS
-from pipeline.report import NBSP, count, p_value, points, templates
+from pipeline.report import COSINES, NBSP, count, p_value, points, templates
 from pipeline.settings_file import dump_settings
 from pipeline.stages.graph import trained_stage
 from pipeline.store import Store
@@ -25,12 +25,6 @@ from pipeline.study.results import MEASURES, Result, compared
 from pipeline.study.runs import StudyRun, evaluated_round
 
 PAGE, RECORDS, TABLE = "study.html", "study.json", "study.csv"
-COSINES = {
-    "cos_error_undo": "error, undo",
-    "cos_error_correction": "error, correction",
-    "cos_undo_correction": "undo, correction",
-}
-"""As the checks of a training call them, in words."""
 _ACROSS = "tokens per problem, deleted ones included"
 
 
