@@ -43,7 +43,14 @@ def test_a_study_that_is_stopped_goes_on_and_builds_nothing_twice(tmp_path: Path
     command = [sys.executable, str(ROOT / "run.py"), *files, f"run.root={tmp_path}", "run.name=two"]
     folder = tmp_path / "two"
 
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as first:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    ) as first:
         assert first.stdout is not None
         said = []
         for line in first.stdout:
