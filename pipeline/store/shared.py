@@ -1,4 +1,4 @@
-"""Run folders side by side that take from each other what they would otherwise make twice: the runs of a study.
+"""Run folders side by side that take from each other what they would otherwise make twice: the runs of studies.
 
 Files are linked, not copied, where the disk can: one copy of a model serves all runs that begin with it. Nothing writes to a file
 of an output in place, outputs are replaced whole; so that nobody's editor does either, linked files are read-only.
@@ -39,7 +39,7 @@ class SharedStore(Store):
                     continue  # another process is at work there
                 if other.check(round, stage) is None:
                     self._link(other.path(round, stage), manifest)
-                    return folder.name
+                    return folder.name if folder.parent == self.root.parent else label(folder)
         return None
 
     def _link(self, source: Path, manifest: Manifest) -> None:
@@ -50,6 +50,11 @@ class SharedStore(Store):
                 _link_or_copy(source / name, target)
             for parent, _, _ in os.walk(draft, topdown=False):
                 _sync_folder(Path(parent))
+
+
+def label(folder: Path) -> str:
+    """A run of another study, in words."""
+    return f"{folder.parent.name}/{folder.name}"
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

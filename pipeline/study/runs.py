@@ -17,7 +17,7 @@ from pipeline.settings_file import vary
 from pipeline.stages.graph import MODEL, steps
 from pipeline.stages.stage import StageError
 from pipeline.store import Store, stage_key
-from pipeline.store.shared import SharedStore
+from pipeline.store.shared import SharedStore, label
 from pipeline.store.synced import is_url
 from pipeline.telemetry import Terminal
 
@@ -52,12 +52,17 @@ def runs_of(settings: Settings, folder: Path) -> list[StudyRun]:
 
 
 def store_of(run: StudyRun, runs: Sequence[StudyRun], since: str = "") -> SharedStore:
-    """Where a run's outputs are; it takes from all other runs of the study.
+    """Where a run's outputs are; it takes from all other runs of the study, and from those of other studies beside it.
 
     Args:
         since: take only what was made then or later.
     """
-    return SharedStore(run.folder, tuple(one.folder for one in runs if one is not run), since)
+    return SharedStore(run.folder, (*(one.folder for one in runs if one is not run), *_beside(run.folder.parent)), since)
+
+
+def _beside(study: Path) -> list[Path]:
+    """Runs of the other studies that stand in the same root."""
+    return sorted(config.parent for config in study.parent.glob("*/*/config.yaml") if config.parent.parent != study)
 
 
 def identities(settings: Settings) -> dict[tuple[int, str], str]:
@@ -84,22 +89,44 @@ class PlannedOutput:
     round: int
     stage: str
     state: str
-    """reuse, rebuild, skip; or share: another run of the study has it by then."""
+    """reuse, rebuild, skip; or share: another run of the study has it by then, or one of another study has it now."""
     why: str
 
 
 def plan(runs: Sequence[StudyRun], selection: Selection) -> Iterator[PlannedOutput]:
     """What running a study would do, without doing it."""
     owner: dict[str, str] = {}
+    others = [] if selection.force else _beside(runs[0].folder.parent)
     for run in runs:
-        known = identities(run.settings)
+        known, there = identities(run.settings), _standing_beside(run, others)
         for one in Pipeline(run.settings, run.folder, selection, silent(), Store(run.folder)).plan():
             state, why, identity = str(one.state), one.why, known[one.round, one.stage]
             if state == "rebuild" and identity in owner:
                 state, why = "share", f"as in {owner[identity]}"
+            elif state == "rebuild" and (one.round, one.stage) in there:
+                state, why = "share", f"as in {there[one.round, one.stage]}"
             if state != "skip":
                 owner.setdefault(identity, run.name)
             yield PlannedOutput(run.name, one.round, one.stage, state, why)
+
+
+def _standing_beside(run: StudyRun, others: Sequence[Path]) -> dict[tuple[int, str], str]:
+    """Which outputs of a run other studies have, and where: followed from those without inputs, as far as all inputs are known."""
+    found: dict[tuple[int, str], str] = {}
+    digests: dict[tuple[int, str], str] = {}
+    manifests = [(folder, Store(folder)) for folder in others]
+    for round, stage in steps(run.settings):
+        places = {one.name: (0, "base") if one.stage == MODEL else (one.round, one.stage) for one in stage.inputs(round)}
+        if round > 1 or not all(place in digests for place in places.values()):
+            continue  # what a later round starts from shows only when the one before is evaluated
+        inputs = {name: digests[place] for name, place in places.items()}
+        key = stage_key(stage.name, stage.version, stage.settings(run.settings), inputs)
+        for folder, store in manifests:
+            manifest = store.manifest(round, stage.name)
+            if manifest is not None and manifest.key == key:
+                found[round, stage.name], digests[round, stage.name] = label(folder), manifest.digest
+                break
+    return found
 
 
 def evaluated_round(run: StudyRun) -> int | None:
