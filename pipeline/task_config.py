@@ -19,7 +19,7 @@ class SyntheticTask(Section):
     """Word problems from templates, seven families, see pipeline/tasks/families.py."""
 
     name: Literal["synthetic"] = Field("synthetic", description="Made here from templates.")
-    train: int = Field(7473, ge=8, le=100_000, description="Training problems; fixed, and as many as GSM8K has.")
+    train: int = Field(7473, ge=8, le=1_000_000, description="Training problems; fixed, and as many as GSM8K has.")
     dev: int = Field(350, ge=8, le=20_000, description="Problems for early stopping and for accepting a round.")
     test: int = Field(700, ge=8, le=20_000, description="Problems for evaluation.")
     ood: int = Field(210, ge=8, le=20_000, description="Problems with more steps than any training problem.")
@@ -60,7 +60,7 @@ class CountdownTask(Section):
     """Reach a target from numbers with + - * /, each number used exactly once; made here, see pipeline/tasks/countdown.py."""
 
     name: Literal["countdown"] = Field(description="countdown: reach a target from numbers with + - * /.")
-    train: int = Field(7473, ge=8, le=100_000, description="Training problems.")
+    train: int = Field(7473, ge=8, le=1_000_000, description="Training problems.")
     dev: int = Field(350, ge=8, le=20_000, description="Problems for early stopping and for accepting a round.")
     test: int = Field(700, ge=8, le=20_000, description="Problems for evaluation.")
     ood: int = Field(210, ge=8, le=20_000, description="Problems with more numbers than any training problem.")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from datasets import Features, Value
 
-from pipeline.stages.io import write_rows
+from pipeline.stages.io import read_problems, write_rows
 from pipeline.stages.stage import Context, StageError
 from pipeline.task_config import CountdownTask, Gsm8kTask
 from pipeline.tasks import countdown, gsm8k, synthetic
 from pipeline.tasks.problem import SPLITS, Problem, TaskError
+from pipeline.tasks.seen import Seen
 
 FEATURES = Features(
     {
@@ -29,31 +32,40 @@ FEATURES = Features(
 
 def run(context: Context) -> None:
     task, seed = context.settings.task, context.settings.run.seed
+    splits: Counter[str] = Counter()
+    trained, skipped = Seen(), 0
     with context.terminal.stage("problems", None) as progress:
+
+        def rows(problems: Iterable[Problem]) -> Iterator[dict[str, Any]]:
+            for count, problem in enumerate(problems, start=1):
+                splits[problem.split] += 1
+                if problem.split == "train":
+                    trained.add(problem.question)
+                progress.update(count)
+                yield vars(problem)
+
         try:
             if isinstance(task, Gsm8kTask):
                 problems, skipped = gsm8k.load(task, seed)
             elif isinstance(task, CountdownTask):
-                problems, skipped = list(countdown.load(task, seed)), 0
+                problems = countdown.load(task, seed)
             else:
-                problems, skipped = list(synthetic.load(task, seed)), 0
+                problems = synthetic.load(task, seed)
+            write_rows(rows(problems), FEATURES, context.out)
         except TaskError as error:
             raise StageError(str(error)) from error
-        progress.update(len(problems))
-    _check(problems)
-    write_rows([asdict(problem) for problem in problems], FEATURES, context.out)
+    _check(context.out, splits, trained)
     if skipped:
         context.terminal.warn(f"problems: {skipped} bad rows were skipped")
-    splits = Counter(problem.split for problem in problems)
-    context.counts.update(rows=len(problems), skipped=skipped, **{split: splits[split] for split in SPLITS})
+    context.counts.update(rows=splits.total(), skipped=skipped, **{split: splits[split] for split in SPLITS})
 
 
-def _check(problems: list[Problem]) -> None:
+def _check(folder: Path, splits: Mapping[str, int], trained: Seen) -> None:
     """Every split that training and evaluation need has problems, and no question stands in two of them."""
     for split in ("train", "dev", "test"):
-        if not any(problem.split == split for problem in problems):
+        if not splits[split]:
             raise StageError(f"task: the {split} split is empty")
-    trained = {problem.question for problem in problems if problem.split == "train"}
-    both = next((problem for problem in problems if problem.split != "train" and problem.question in trained), None)
+    others = (problem for split in SPLITS if split != "train" for problem in read_problems(folder, split))
+    both = next((problem for problem in others if problem.question in trained), None)
     if both:
         raise StageError(f"task: the question of {both.id} stands in the train split too: {both.question[:80]!r}")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pipeline.task_config import CountdownTask
 from pipeline.tasks.families import equation
 from pipeline.tasks.problem import Problem, TaskError, split_of
+from pipeline.tasks.seen import Seen
 
 FAMILY = "countdown"
 _TRIES_PER_PROBLEM = 2000  # draws without a new problem after which there are taken to be no more
@@ -31,7 +32,7 @@ def load(task: CountdownTask, seed: int) -> Iterator[Problem]:
 def _sample(split: str, size: int, task: CountdownTask, seed: int) -> Iterator[Problem]:
     rng = random.Random(f"{seed}/{FAMILY}/{split}")
     count = (task.ood_numbers or task.numbers + 1) if split == "ood" else task.numbers
-    seen: set[str] = set()
+    seen = Seen()
     for index in range(size):
         for _ in range(_TRIES_PER_PROBLEM):
             numbers, lines, target = _draw(rng, count, task)

@@ -11,25 +11,30 @@ from typing import Any
 
 from pipeline.task_config import Gsm8kTask
 from pipeline.tasks.problem import Problem, TaskError
+from pipeline.tasks.seen import Seen
 
 _FINAL = re.compile(r"^####\s*(\S.*?)\s*$", re.MULTILINE)
 
 
-def load(task: Gsm8kTask, seed: int) -> tuple[list[Problem], int]:
-    """All problems, and how many bad rows were skipped. The dev split is drawn from the training rows.
+def load(task: Gsm8kTask, seed: int) -> tuple[Iterator[Problem], int]:
+    """All problems, read anew as they are taken, and how many bad rows were skipped. The dev split is drawn from the training rows.
 
     Raises:
         TaskError: a missing file, a bad row (with on_bad_row: fail), or too few rows.
     """
-    train, bad_train = read(task, "train", task.train_file, task.max_train and task.max_train + task.dev)
-    test, bad_test = read(task, "test", task.test_file, task.max_test)
-    asked = {problem.question for problem in test}
-    train = [problem for problem in train if problem.question not in asked]
-    if len(train) <= task.dev:
-        raise TaskError(f"task.dev={task.dev} leaves nothing of {len(train)} training problems that are not in the test split")
-    dev = set(random.Random(seed).sample(range(len(train)), task.dev))
-    split = [_with_split(problem, "dev" if i in dev else "train") for i, problem in enumerate(train)]
-    return split + test, bad_train + bad_test
+    train = _Split(task, "train", task.train_file, task.max_train and task.max_train + task.dev)
+    test = _Split(task, "test", task.test_file, task.max_test)
+    count = sum(1 for _ in train) - sum(problem.question in train.seen for problem in test)
+    if count <= task.dev:
+        raise TaskError(f"task.dev={task.dev} leaves nothing of {count} training problems that are not in the test split")
+    dev = set(random.Random(seed).sample(range(count), task.dev))
+
+    def problems() -> Iterator[Problem]:
+        own = (problem for problem in train if problem.question not in test.seen)
+        yield from (_with_split(problem, "dev" if i in dev else "train") for i, problem in enumerate(own))
+        yield from test
+
+    return problems(), train.bad + test.bad
 
 
 def read(task: Gsm8kTask, split: str, file: str | None, most: int | None = None) -> tuple[list[Problem], int]:
@@ -38,25 +43,34 @@ def read(task: Gsm8kTask, split: str, file: str | None, most: int | None = None)
     Raises:
         TaskError: a missing file, a bad row (with on_bad_row: fail), or no usable row.
     """
-    problems: list[Problem] = []
-    seen: set[str] = set()
-    bad = 0
-    for where, row in _file_rows(Path(file)) if file else _hub_rows(task.hub_id, split):
-        try:
-            problem = _problem(row, split, len(problems))
-        except TaskError as error:
-            if task.on_bad_row == "fail":
-                raise TaskError(f"{where}: {error} (task.on_bad_row=skip passes over such rows)") from None
-            bad += 1
-            continue
-        if problem.question not in seen:
-            seen.add(problem.question)
-            problems.append(problem)
-        if len(problems) == most:
-            break
-    if not problems:
-        raise TaskError(f"{file or task.hub_id}: no usable row in the {split} split ({bad} bad ones)")
-    return problems, bad
+    found = _Split(task, split, file, most)
+    return list(found), found.bad
+
+
+class _Split:
+    """The same, one after the other and read again each time, so that none is in memory."""
+
+    def __init__(self, task: Gsm8kTask, split: str, file: str | None, most: int | None) -> None:
+        self._task, self._split, self._file, self._most = task, split, file, most
+        self.seen, self.bad = Seen(), 0
+        """Questions, and bad rows that were skipped, as far as it was read the last time."""
+
+    def __iter__(self) -> Iterator[Problem]:
+        task, file, self.seen, self.bad = self._task, self._file, Seen(), 0
+        for where, row in _file_rows(Path(file)) if file else _hub_rows(task.hub_id, self._split):
+            try:
+                problem = _problem(row, self._split, len(self.seen))
+            except TaskError as error:
+                if task.on_bad_row == "fail":
+                    raise TaskError(f"{where}: {error} (task.on_bad_row=skip passes over such rows)") from None
+                self.bad += 1
+                continue
+            if self.seen.add(problem.question):
+                yield problem
+            if len(self.seen) == self._most:
+                break
+        if not self.seen:
+            raise TaskError(f"{file or task.hub_id}: no usable row in the {self._split} split ({self.bad} bad ones)")
 
 
 def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:

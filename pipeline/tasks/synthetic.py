@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from pipeline.task_config import SyntheticTask
 from pipeline.tasks.families import FAMILIES, Family
 from pipeline.tasks.problem import Problem, TaskError, split_of
+from pipeline.tasks.seen import Seen
 
 _TRIES_PER_PROBLEM = 400
 
@@ -41,7 +42,7 @@ def load(task: SyntheticTask, seed: int) -> Iterator[Problem]:
 def _sample(family: Family, split: str, size: int, task: SyntheticTask, seed: int) -> Iterator[Problem]:
     rng = random.Random(f"{seed}/{family.name}/{split}")
     fewest, most = task.ood_steps if split == "ood" else task.steps
-    seen: set[str] = set()
+    seen = Seen()
     for _ in range(size * _TRIES_PER_PROBLEM):
         if len(seen) == size:
             return

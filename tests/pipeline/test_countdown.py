@@ -9,7 +9,6 @@ from collections import Counter
 import pytest
 from pydantic import ValidationError
 
-from pipeline.stages.problems import _check
 from pipeline.task_config import CountdownTask
 from pipeline.tasks import countdown
 from pipeline.tasks.problem import Problem, TaskError, split_of
@@ -34,7 +33,6 @@ def test_splits_have_the_size_asked_for_and_share_no_problem() -> None:
     assert Counter(problem.split for problem in PROBLEMS) == {"train": 300, "dev": 60, "test": 60, "ood": 60}
     assert len({problem.id for problem in PROBLEMS}) == len({problem.question for problem in PROBLEMS}) == len(PROBLEMS)
     assert len({problem.params for problem in PROBLEMS}) == len(PROBLEMS)
-    _check(PROBLEMS)
 
 
 def test_another_seed_puts_no_problem_into_another_split() -> None:

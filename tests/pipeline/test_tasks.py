@@ -191,12 +191,17 @@ def files(folder: Path, train: Sequence[str], test: Sequence[str], **more: Any) 
     )
 
 
+def loaded(task: Gsm8kTask, seed: int) -> tuple[list[Problem], int]:
+    problems, bad = gsm8k.load(task, seed)
+    return list(problems), bad
+
+
 TRAIN, TEST = [good(i) for i in range(10)], [good(i, "test") for i in range(4)]
 
 
 def test_files_load_and_dev_comes_from_train(tmp_path: Path) -> None:
     task = files(tmp_path, TRAIN, TEST, dev=3)
-    problems, bad = gsm8k.load(task, 0)
+    problems, bad = loaded(task, 0)
     assert bad == 0
     assert Counter(problem.split for problem in problems) == {"train": 7, "dev": 3, "test": 4}
     assert len({problem.id for problem in problems}) == 14
@@ -206,7 +211,7 @@ def test_files_load_and_dev_comes_from_train(tmp_path: Path) -> None:
         assert problem.id.startswith(f"gsm8k/{problem.split}/")
         assert (problem.family, problem.hindsight) == ("gsm8k", False)
         assert problem.solution.endswith(f"#### {problem.answer}")
-    assert gsm8k.load(task, 0) == (problems, 0)
+    assert loaded(task, 0) == (problems, 0)
 
     def dev(seed: int) -> tuple[str, ...]:
         return tuple(problem.id for problem in gsm8k.load(task, seed)[0] if problem.split == "dev")
@@ -240,7 +245,7 @@ def test_a_bad_row_is_named(row: str, message: str, tmp_path: Path) -> None:
 
 def test_bad_rows_are_skipped_and_counted(tmp_path: Path) -> None:
     rows = [row for row, _ in BAD_ROWS]
-    problems, bad = gsm8k.load(files(tmp_path, [*rows, *TRAIN], [*TEST, rows[0]], on_bad_row="skip"), 0)
+    problems, bad = loaded(files(tmp_path, [*rows, *TRAIN], [*TEST, rows[0]], on_bad_row="skip"), 0)
     assert bad == len(BAD_ROWS) + 1
     assert len(problems) == 14
 
@@ -248,19 +253,19 @@ def test_bad_rows_are_skipped_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("written", ["1,234", "$1,234", "1234 "])
 def test_gold_answers_in_other_writing(written: str, tmp_path: Path) -> None:
     row = json.dumps({"question": "q?", "answer": f"First #### 5\n#### {written}"})
-    problems, _ = gsm8k.load(files(tmp_path, TRAIN, [row]), 0)
+    problems, _ = loaded(files(tmp_path, TRAIN, [row]), 0)
     assert problems[-1].answer == "1234"
 
 
 def test_duplicates_stay_out(tmp_path: Path) -> None:
-    problems, bad = gsm8k.load(files(tmp_path, [*TRAIN, TRAIN[0], TEST[0], TRAIN[0]], [*TEST, TEST[1]]), 0)
+    problems, bad = loaded(files(tmp_path, [*TRAIN, TRAIN[0], TEST[0], TRAIN[0]], [*TEST, TEST[1]]), 0)
     assert bad == 0
     assert Counter(problem.split for problem in problems) == {"train": 8, "dev": 2, "test": 4}
     assert len({problem.question for problem in problems}) == len({problem.id for problem in problems}) == 14
 
 
 def test_limits(tmp_path: Path) -> None:
-    problems, _ = gsm8k.load(files(tmp_path, TRAIN, TEST, max_train=5, max_test=3), 0)
+    problems, _ = loaded(files(tmp_path, TRAIN, TEST, max_train=5, max_test=3), 0)
     assert Counter(problem.split for problem in problems) == {"train": 5, "dev": 2, "test": 3}
 
 
@@ -289,7 +294,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_the_real_files_load() -> None:
     folder = Path(str(DATA))
     task = Gsm8kTask(name="gsm8k", train_file=str(folder / "gsm8k_train.jsonl"), test_file=str(folder / "gsm8k_test.jsonl"))
-    problems, bad = gsm8k.load(task, 0)
+    problems, bad = loaded(task, 0)
     counts = Counter(problem.split for problem in problems)
     assert (counts["train"] + counts["dev"], counts["test"], bad) == (7473, 1319, 0)
     for problem in random.Random(0).sample(problems, 200):
