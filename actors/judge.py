@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +54,10 @@ def judge_each(rows: Sequence[tuple[Problem, str]], tries: int) -> list[Judged |
 
 
 def judge_all(
-    rows: Sequence[tuple[Problem, str]], batch: int, resources: ActorResources, row_tries: int
+    rows: Iterable[tuple[Problem, str]], count: int, batch: int, resources: ActorResources, row_tries: int
 ) -> Iterator[list[Judged | Quarantined]]:
-    """Yield judged batches in the order of the rows; at most two batches a CPU of the cluster are under way.
+    """Yield judged batches in the order of the rows, of which there are `count`; at most two batches a CPU of the cluster are under
+    way, and rows are taken when there is room for them.
 
     A task whose process dies is started again, and a row that its process dies of every time has a Quarantined in its place.
     """
@@ -76,7 +77,7 @@ def judge_all(
 
     feed()
     while pending:
-        metrics.gauge("queue_depth", len(rows) - at, queue="judge")
+        metrics.gauge("queue_depth", count - at, queue="judge")
         ready, _ = ray.wait(list(pending))
         part = pending.pop(ready[0])
         try:

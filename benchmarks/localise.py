@@ -58,7 +58,7 @@ def measure(run: Path, most: int) -> int:
     from actors.localise import Localiser
     from pipeline.config import EngineSettings, UndoSettings
     from pipeline.stages.io import Codec, read_problems
-    from pipeline.stages.judge import _case
+    from pipeline.stages.localised import case_of
     from verifiers.judge import judge
     from verifiers.localise import BinarySearch, PosteriorSearch, symbolic_prior
     from verifiers.task import TaskJudge
@@ -75,7 +75,7 @@ def measure(run: Path, most: int) -> int:
         problem = problems[judged[i]["problem"]]
         text = codec.decode(rollouts[i]["token_ids"])
         verdict = generic.judge(problem, text.text)
-        cases.append(_case(rollouts[i]["id"], rollouts[i]["prompt_ids"], text, verdict))
+        cases.append(case_of(rollouts[i]["id"], rollouts[i]["prompt_ids"], text, verdict))
         verdicts.append(verdict)
         blind.append(judge(text.text, "", problem.answer))
         truth.append(judged[i]["error_step"] if problem.hindsight else first_other_line(problem.solution, text.text))

@@ -114,14 +114,25 @@ class Problems(Sequence[Problem]):
         return Problem(**self._rows[at % len(self)])
 
     def __iter__(self) -> Iterator[Problem]:
-        names = [field.name for field in fields(Problem)]
         for some in self._rows.iter(CHUNK):  # one by one costs a hundred times as much
-            for values in zip(*(some[name] for name in names), strict=True):
-                yield Problem(*values)
+            yield from _problems(some)
+
+    def ids(self) -> Iterator[str]:
+        for some in self._rows.select_columns(["id"]).iter(CHUNK):
+            yield from some["id"]
+
+    def read(self, places: Sequence[int]) -> list[Problem]:
+        """Those at these places, in this order."""
+        return list(_problems(self._rows[places]))
 
     def take(self, places: Sequence[int] | npt.NDArray[np.int64]) -> Problems:
-        """Those at these places, in this order."""
+        """The same, to be read later."""
         return Problems(self._rows.select(places))
+
+
+def _problems(columns: Mapping[str, Sequence[Any]]) -> Iterator[Problem]:
+    for values in zip(*(columns[field.name] for field in fields(Problem)), strict=True):
+        yield Problem(*values)
 
 
 def read_problems(folder: Path, split: str | None = None) -> Problems:
@@ -156,8 +167,12 @@ class Text:
     """[tokens] half-open character spans; a character made of several tokens belongs to the last of them."""
 
     def token_at(self, char: int) -> int:
-        """Index of the first token of a character, or of the token that spans it; the number of tokens behind the text's end."""
-        return next((i for i, (start, end) in enumerate(self.offsets) if end > char or start >= char), len(self.ids))
+        return token_at(self.offsets, char)
+
+
+def token_at(offsets: Sequence[tuple[int, int]], char: int) -> int:
+    """Index of the first token of a character, or of the token that spans it; the number of tokens behind the text's end."""
+    return next((i for i, (start, end) in enumerate(offsets) if end > char or start >= char), len(offsets))
 
 
 class Codec:

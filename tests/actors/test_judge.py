@@ -76,7 +76,8 @@ def test_a_row_whose_judge_raises_has_its_traceback_in_its_place(monkeypatch: py
 
 @pytest.mark.parametrize("kind", ["raises", "dies"])
 def test_what_is_beside_a_bad_row_is_judged(cluster: None, kind: str) -> None:
-    found = [one for batch in judge_all(with_poison(kind), 6, ActorResources(cpus=1), 2) for one in batch]
+    rows = with_poison(kind)
+    found = [one for batch in judge_all(iter(rows), len(rows), 6, ActorResources(cpus=1), 2) for one in batch]
     lost = found.pop(BAD)
     assert isinstance(lost, Quarantined) and lost.tries == 2
     assert found == judge_rows(ROWS[:BAD] + ROWS[BAD + 1 :]) and all(isinstance(one, Judged) for one in found)

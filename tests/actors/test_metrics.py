@@ -84,7 +84,7 @@ def test_a_run_is_seen_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             Rolled(str(i), "p", one.token_ids, one.finish, version, "rewind", 1, i % 2, correct=i < 2, components={"outcome": 0.5})
             for i, one in enumerate(made)
         ])  # fmt: skip
-        assert sum(map(len, judge_all([(PROBLEMS[0], "1")] * 4, 2, SETTINGS.cluster.judge, 1))) == 4
+        assert sum(map(len, judge_all([(PROBLEMS[0], "1")] * 4, 4, 2, SETTINGS.cluster.judge, 1))) == 4
         workers.watch("grpo", 0).write({"step": 7, "reward": 0.25, "components": {"outcome": {"mean": 0.5}}})
         tokens = sum(len(one.token_ids) for one in made)
         here = (("run", "watched"), ("stage", "rollouts"))

@@ -32,8 +32,8 @@ from pipeline.stages import dpo
 from pipeline.stages.evaluate import _models
 from pipeline.stages.graph import steps, trained_stage
 from pipeline.stages.io import Codec, write_rows
-from pipeline.stages.judge import FEATURES as JUDGED
-from pipeline.stages.judge import _row
+from pipeline.stages.judged import FEATURES as JUDGED
+from pipeline.stages.judged import row_of
 from pipeline.stages.pairs import FEATURES, PAIRS
 from pipeline.stages.probes import Case, cases_of
 from pipeline.stages.rollouts import FEATURES as ROLLED
@@ -65,7 +65,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ids = codec.solution_ids(text)
         row = {"id": f"r{number}", "problem": problem.id, "prompt_ids": codec.prompt_ids(problem), "token_ids": ids}
         rollouts.append(row | {"logprobs": [], "finish": "stop", "hot": False, "version": ""})
-        verdicts.append(_row(f"r{number}", problem.id, codec.decode(ids), one, "exact", ()))
+        verdicts.append(row_of(f"r{number}", problem.id, codec.decode(ids).offsets, one, "exact"))
     write_rows(rollouts, ROLLED, folder / "rollouts")
     write_rows(verdicts, JUDGED, folder / "judge")
     return found | {"model": found["sft"], "rollouts": folder / "rollouts", "judge": folder / "judge"}

@@ -6,11 +6,15 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.config import UndoSettings
+from pipeline.stages import lookup
 from pipeline.stages.io import CHUNK, Codec, Problems, read_problems, read_rows, write_rows
 from pipeline.stages.rollouts import FEATURES
 from tests.pipeline.saved import PROBLEMS, save_problems_and_models
@@ -54,10 +58,33 @@ def test_problems_are_a_sequence_that_is_read_when_it_is_asked(folders: dict[str
         assert list(found[2:5]) == whole[2:5] and list(found[::-1]) == whole[::-1]
         if whole:
             drawn = random.Random(3).sample(range(len(whole)), 5)
-            assert list(found.take(drawn)) == random.Random(3).sample(whole, 5) == random.Random(3).sample(found, 5)
+            some = random.Random(3).sample(whole, 5)
+            assert found.read(drawn) == list(found.take(drawn)) == random.Random(3).sample(found, 5) == some
             assert found[-1] == whole[-1] and whole[3] in found
         with pytest.raises(IndexError):
             found[len(whole)]
+
+
+@settings(max_examples=30)
+@given(names=st.lists(st.sampled_from([problem.id for problem in PROBLEMS]), max_size=12), hashes=st.integers(1, 9))
+def test_problems_are_found_by_their_id(folders: dict[str, Path], names: list[str], hashes: int) -> None:
+    """Whether or not several ids have the same hash."""
+    with mock.patch.object(lookup, "_hashed", lambda name: len(name) * 7 % hashes):
+        found = lookup.ById(read_problems(folders["problems"]))
+        assert found.find(iter(names)) == {problem.id: problem for problem in PROBLEMS if problem.id in names}
+        for unknown in ("", "synthetic/train/chain/99", names[0] + "0" if names else "x"):
+            with pytest.raises(KeyError):
+                found.find([*names, unknown])
+
+
+def test_problems_of_another_split_are_not_found(folders: dict[str, Path]) -> None:
+    found = lookup.ById(read_problems(folders["problems"], "train"))
+    for problem in PROBLEMS:
+        if problem.split == "train":
+            assert found.find([problem.id]) == {problem.id: problem}
+        else:
+            with pytest.raises(KeyError):
+                found.find([problem.id])
 
 
 def test_prompts_are_those_of_each_problem(folders: dict[str, Path]) -> None:
