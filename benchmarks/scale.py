@@ -1,8 +1,8 @@
 """How far one driver goes: the stage rollouts on real Ray, with simulated engines that sleep as long as real ones would compute.
 
-    python benchmarks/scale.py [--quick] [--engines 1 8 64] [--rows 1000000] [--stored 1000000]
+    python benchmarks/scale.py [--quick] [--engines 1 8 64] [--rows 1000000] [--stored 1000000] [--judged 5000 40000]
 
-Everything but the engines is real: actors, queue, log of rollouts, rows kept for a resume, dataset, store. Three measurements:
+Everything but the engines is real: actors, queue, log of rollouts, rows kept for a resume, dataset, store. Four measurements:
 
 - Scheduling, at 1, 8, 64 and 256 engines with the same number of batches each. Efficiency is the share of the time, from the first
   request to the moment at which no request is left, in which engines were at work; then that to the last result. Above PROCESSES
@@ -10,6 +10,7 @@ Everything but the engines is real: actors, queue, log of rollouts, rows kept fo
 - Many rows: one rollout each of as many problems, and engines that take no time, so that the driver is what limits.
 - Storing: the same with completions that are there before they are asked for, eight of a problem. Rows a second are those of what
   stores them: rows kept, dataset written, store sealed.
+- Judging, where asked for: the stages problems and judge with so many problems and a rollout of each, judged in this process.
 
 CPU time is that of the driver's process, all its threads included. Prints tables and one JSON line.
 """
@@ -47,6 +48,7 @@ def main() -> int:
     parser.add_argument("--engines", type=int, nargs="*", help="these numbers of engines")
     parser.add_argument("--rows", type=int, help="so many rows through Ray; 0 leaves it out")
     parser.add_argument("--stored", type=int, help="so many rows stored; 0 leaves it out")
+    parser.add_argument("--judged", type=int, nargs="*", default=[], help="these numbers of problems made and rollouts judged")
     asked = parser.parse_args()
     engines = asked.engines if asked.engines is not None else [1, 8] if asked.quick else [1, 8, 64, 256]
     rows = asked.rows if asked.rows is not None else 20_000 if asked.quick else 1_000_000
@@ -69,6 +71,13 @@ def main() -> int:
                 for name, value in found.items():
                     print(f"{name:24}{value:12.2f}")
                 figures |= found if ready else {f"through_ray_{name}": value for name, value in found.items()}
+        for count in asked.judged:
+            found = judged(Path(scratch), model, count)
+            if count == asked.judged[0]:
+                print("problems made and rollouts judged, without Ray; most MiB of the driver's own, before and in each stage")
+                print(f"{'rows':>8}" + "".join(f"{name:>22}" for name in found))
+            print(f"{count:8}" + "".join(f"{value:22.1f}" for value in found.values()), flush=True)
+            figures |= {f"{name}_{count}": value for name, value in found.items()}
     goals = {name: goal for name, goal in (AT_LEAST | AT_MOST).items() if name in figures}
     ok = all(figures[name] >= goal if name in AT_LEAST else figures[name] <= goal for name, goal in goals.items())
     figures = {name: round(value, 4) for name, value in figures.items()}
@@ -207,6 +216,54 @@ def many(scratch: Path, model: Path, rows: int, samples: int, ready: bool) -> di
         "stored_rows_per_cpu_s": rows / sum(meter.cpus[name] for name in storing),
         "driver_mib": meter.own,
         "driver_resident_mib": meter.resident,
+    }
+
+
+def judged(scratch: Path, model: Path, rows: int) -> dict[str, float]:
+    """Memory and CPU time of the stages problems and judge with so many problems and rollouts, every second one of them wrong."""
+    from actors.judge import judge_rows
+    from pipeline.config import Settings
+    from pipeline.stages import judge, problems
+    from pipeline.stages.io import Codec, read_problems, write_rows
+    from pipeline.stages.rollouts import FEATURES
+    from pipeline.stages.stage import Context
+    from pipeline.telemetry import Terminal
+
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    task = {"name": "synthetic", "train": rows, "families": ["chain"], "hindsight_share": 0.0, "steps": [4, 6], "ood_steps": [7, 8]}
+    settings = Settings.model_validate({"run": {"name": "scale"}, "task": task})
+    inputs = {name: folder / name for name in ("problems", "rollouts")} | {"model": model}
+    codec, terminal = Codec(model, settings.undo, settings.base.prompt), Terminal(None, out=open(os.devnull, "w"))  # noqa: SIM115
+    workers: Any = SimpleNamespace(start=lambda: None, quarantine=lambda: SimpleNamespace(rows=0))
+
+    def staged(stage: Any, out: Path) -> Meter:
+        with (meter := Meter()).watching():
+            stage.run(Context(settings, 1, out, folder, folder / f"resume-{out.name}", {}, inputs, {}, terminal, workers))
+        return meter
+
+    def written() -> Iterator[dict[str, Any]]:
+        for at, (problem, prompt) in enumerate(codec.prompts(read_problems(inputs["problems"], "train"))):
+            text = problem.solution if at % 2 else problem.solution.replace("1", "2")
+            row = {"id": f"{problem.id}#1.0", "problem": problem.id, "prompt_ids": prompt, "token_ids": codec.solution_ids(text)}
+            yield row | {"logprobs": [], "finish": "stop", "hot": False, "version": "v"}
+
+    def judge_all(pairs: Iterable[Any], count: int, batch: int, *_: Any) -> Iterator[Any]:
+        source = iter(pairs)
+        while some := list(itertools.islice(source, batch)):
+            yield judge_rows(some)
+
+    with (before := Meter()).watching():
+        time.sleep(0.5)
+    made = staged(problems, inputs["problems"])
+    write_rows(written(), FEATURES, inputs["rollouts"])
+    with mock.patch.object(judge, "judge_all", judge_all):
+        done = staged(judge, folder / "judge")
+    return {
+        "before_mib": before.own,
+        "problems_mib": made.own,
+        "judge_mib": done.own,
+        "problems_us_per_row": made.cpu / rows * 1e6,
+        "judge_us_per_row": done.cpu / rows * 1e6,
     }
 
 
