@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group
 
 from actors import metrics
 from actors.nodes import check_nodes, check_room, wait_for_room
@@ -101,6 +102,12 @@ def actor_options(resources: ActorResources, name: str, sharing: int) -> dict[st
         "name": metrics.named(name),
         "runtime_env": {"env_vars": environment(threads)},
     }
+
+
+def one_node(resources: ActorResources, processes: int) -> PlacementGroup | None:
+    """Room on one node for so many processes, a bundle each; None for those that reserve nothing."""
+    bundle = {kind: count for kind, count in (("CPU", resources.cpus), ("GPU", resources.gpus)) if count}
+    return placement_group([bundle] * processes, strategy="STRICT_PACK") if bundle else None
 
 
 def environment(threads: int) -> dict[str, str]:

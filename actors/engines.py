@@ -137,7 +137,10 @@ class VllmEngine:
 
     kind = "vllm"
 
-    def __init__(self, folder: Path, settings: EngineSettings, context: int, seed: int) -> None:
+    def __init__(
+        self, folder: Path, settings: EngineSettings, context: int, seed: int, more: Mapping[str, Any] | None = None
+    ) -> None:
+        """`more`: what vLLM's `LLM` is told besides, see actors/tensor_parallel.py."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # Ray actors share cores; OMP_NUM_THREADS rules
@@ -165,7 +168,9 @@ class VllmEngine:
             async_scheduling=False,
             seed=seed,
             skip_tokenizer_init=True,
+            enable_sleep_mode=settings.sleep and torch.cuda.is_available(),  # vLLM refuses it on CPUs, where it has no effect
             weight_transfer_config=WeightTransferConfig(BACKEND) if settings.handover == "nccl" else None,
+            **more or {},
         )
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -212,6 +217,13 @@ class VllmEngine:
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         self._reload(weights_iterator=iter(weights.items()), is_checkpoint_format=True)
+
+    def sleep(self) -> None:
+        """Give up the GPU: weights go to main memory, cached keys and values are forgotten. Nothing may be asked until `wake`."""
+        self._llm.sleep(level=1)
+
+    def wake(self) -> None:
+        self._llm.wake_up()
 
     def transfer(self, call: str, *given: dict[str, Any]) -> None:
         """One of vLLM's calls of a weight transfer, see actors/handover.py."""

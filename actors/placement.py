@@ -46,14 +46,15 @@ class Node:
 def asks_of(cluster: ClusterSettings) -> tuple[Ask, ...]:
     """What has to have its place at the same time: all rollout actors, the learner or its workers, and a judge."""
     rollouts, workers = cluster.rollout_actors, cluster.learner_workers
+    processes = cluster.tensor_parallel  # of a rollout actor, all on one node
     return (
         Ask(
             _many(rollouts, "rollout actor"),
             "a rollout actor",
             "cluster.rollout",
             rollouts,
-            cluster.rollout.cpus,
-            cluster.rollout.gpus,
+            processes * cluster.rollout.cpus,
+            processes * cluster.rollout.gpus,
         ),
         Ask(
             "the learner" if workers == 1 else f"{workers} learner workers",

@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.util.placement_group import remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import metrics
-from actors.cluster import ClusterError, Restarts, actor_options, one_line
-from actors.engines import MODELLESS, Completion, Request, Sampling, make_engine
+from actors.cluster import ClusterError, Restarts, actor_options, one_line, one_node
+from actors.engines import Completion, Request, Sampling
 from actors.parts import Part, Parts, Quarantine, Quarantined
+from actors.rollout_actor import Batch, RolloutActor
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.config import Settings
-from pipeline.telemetry import redirect_process_output
 
-if TYPE_CHECKING:  # needs torch, which an actor whose engine has no model does not load
+if TYPE_CHECKING:  # needs torch
     from actors.weights import Probe, Weights
 
 OnRows = Callable[[int, int], None]
@@ -36,68 +38,6 @@ _BATCHES_IN_FLIGHT = 2  # for each actor: one in work, one waiting, so that the 
 
 
 def _silent(rows: int, tokens: int) -> None: ...
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What an actor made of one batch."""
-
-    done: list[Any]
-    """[rows] Completion or Decoded, or a single Quarantined."""
-    version: str
-    """Digest of the weights that generated it."""
-
-
-class _Rollout:
-    """Holds one engine."""
-
-    def __init__(self, folder: str, version: str, settings: Settings, context: int, log_file: str) -> None:
-        redirect_process_output(Path(log_file))
-        self._engine = make_engine(Path(folder), settings.engine, context, settings.run.seed)
-        self._dtype = settings.engine.dtype
-        self._version = version
-        self._check_folder(folder)
-        self._busy = metrics.busy_actor(metrics.own_name())
-
-    def ready(self) -> str:
-        return self._engine.kind
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Batch:
-        with self._busy.work():
-            return Batch(self._engine.generate(requests, sampling), self._version)
-
-    def decode(self, requests: Sequence[DecodeRequest], decoding: Decoding) -> Batch:
-        with self._busy.work():
-            return Batch(self._engine.decode(requests, decoding), self._version)
-
-    def load_weights(self, folder: str, version: str) -> None:
-        self._engine.load_weights(Path(folder))
-        self._check_folder(folder)
-        self._version = version
-
-    def set_weights(self, weights: Weights, version: str) -> None:
-        from actors.weights import check_weights
-
-        self._engine.set_weights(weights.tensors())
-        check_weights(self._engine, weights.probe, self._dtype, version)
-        self._version = version
-
-    def transfer(self, call: str, *given: dict[str, Any]) -> None:
-        self._engine.transfer(call, *given)  # type: ignore[attr-defined]  # the settings see to it that it is vLLM
-
-    def transferred(self, probe: Probe, version: str) -> None:
-        """Weights came from GPU to GPU: those that the probe tells."""
-        from actors.weights import check_weights
-
-        check_weights(self._engine, probe, self._dtype, version)
-        self._version = version
-
-    def _check_folder(self, folder: str) -> None:
-        if self._engine.kind in MODELLESS:
-            return
-        from actors.weights import check_weights, probe_of_folder
-
-        check_weights(self._engine, probe_of_folder(Path(folder)), self._dtype, folder)
 
 
 @dataclass(frozen=True)
@@ -116,7 +56,6 @@ def emitted(one: Completion | Decoded | Quarantined) -> int:
 
 
 _NUMBERS = itertools.count()
-RolloutActor: Any = ray.remote(_Rollout)
 
 
 class RolloutPool:
@@ -149,6 +88,8 @@ class RolloutPool:
         self._started = 0
         self._heard: set[Any] = set()  # actors that have answered before
         self._coming: dict[Any, Any] = {}  # those that have not -> what they will answer once they are ready
+        self._asleep = False
+        self._groups: dict[Any, Any] = {}  # actors whose engines have several processes -> the placement group that holds these
         self._actors: list[Any] = [self._start() for _ in range(settings.cluster.rollout_actors)]
         self.kind: str = self._all("ready")[0]
         self._heard.update(self._actors)
@@ -159,10 +100,16 @@ class RolloutPool:
         log_file = str(self._log_dir / f"rollout-{self._started}.log")
         self._started += 1
         # Names are unique: that of a dead actor is free only a moment later.
-        options = actor_options(cluster.rollout, f"rollout-{next(_NUMBERS)}", cluster.rollout_actors)
+        processes = cluster.tensor_parallel
+        options = actor_options(cluster.rollout, f"rollout-{next(_NUMBERS)}", cluster.rollout_actors * processes)
+        group = one_node(cluster.rollout, processes) if processes > 1 else None
+        if group is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
         actor = RolloutActor.options(**options).remote(
             str(self._folder), self._folder_version, self._settings, self._context, log_file
         )
+        if group is not None:
+            self._groups[actor] = group
         if self._published is not None:
             actor.set_weights.remote(self._published(), self._version)
         return actor
@@ -172,12 +119,24 @@ class RolloutPool:
         """Of the weights of now."""
         return self._version
 
+    def sleep(self) -> None:
+        """With engine.sleep: leave the GPUs to the learner until something is asked of the engines; nothing may be under way."""
+        if self._settings.engine.sleep and self.kind == "vllm" and not self._asleep:
+            self._all("sleep")
+            self._asleep = True
+
+    def wake(self) -> None:
+        if self._asleep:
+            self._asleep = False
+            self._all("wake")
+
     def new_stage(self) -> None:
         """Rows that cannot be done are counted anew."""
         self.quarantine = Quarantine(self._settings.cluster.quarantine, self._log_dir / QUARANTINE)
 
     def use(self, folder: Path, version: str) -> None:
         """Make every engine generate with this model from now on; completions carry `version`."""
+        self.wake()
         if version != self._version:
             self._folder, self._folder_version, self._version = folder, version, version
             self._published = self._held = None
@@ -190,6 +149,7 @@ class RolloutPool:
         Raises:
             ClusterError: an engine did not take them in time, or does not generate with them.
         """
+        self.wake()
         self._version, self._published = version, lambda: weights
         # A copy on the driver's node: the one on the learner's node is lost with that node, and others still have to start from it.
         self._held = ray.get(weights, timeout=self._timeout)
@@ -206,6 +166,7 @@ class RolloutPool:
         Raises:
             ClusterError: an engine died meanwhile, or does not generate with them.
         """
+        self.wake()
         self._all("ready")  # a dead one would keep the others waiting in a transfer that never ends
         able = self._able()
         self._version, self._published, self._held = version, again, None
@@ -258,6 +219,7 @@ class RolloutPool:
             ClusterError: every actor died, or one answered with other weights or fewer rows than asked for.
             TooManyQuarantined: see `generate`.
         """
+        self.wake()
         cluster = self._settings.cluster
         parts = Parts(requests, batch, cluster.row_tries)
         running: dict[Any, _Asked] = {}
@@ -354,7 +316,7 @@ class RolloutPool:
         Raises:
             ClusterError: it was the last one, and none may be started again.
         """
-        ray.kill(actor)  # one that only cannot be reached shall not come back
+        self._end(actor)  # one that only cannot be reached shall not come back
         if actor in self._actors:
             self._actors = [one for one in self._actors if one != actor]
             metrics.count("failures", what="rollout actor")
@@ -399,7 +361,12 @@ class RolloutPool:
 
     def close(self) -> None:
         for actor in self._actors:
-            ray.kill(actor)
+            self._end(actor)
+
+    def _end(self, actor: Any) -> None:
+        ray.kill(actor)
+        if group := self._groups.pop(actor, None):
+            remove_placement_group(group)
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         """What every actor answers. One that is being started does the same before anything else it is asked for, and is not waited

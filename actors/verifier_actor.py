@@ -100,14 +100,21 @@ class Verifiers:
         values = workers.verifiers().step_values(folder, [(prompt_ids, surviving_ids)])
     """
 
-    def __init__(self, learner: Callable[[], Any], get: Callable[..., Any], persisting: Callable[[Callable[[], Any]], Any]) -> None:
+    def __init__(
+        self,
+        learner: Callable[[], Any],
+        get: Callable[..., Any],
+        persisting: Callable[[Callable[[], Any]], Any],
+        leave_gpus: Callable[[], None],
+    ) -> None:
         """
         Args:
             learner: the one of now.
             get: what it answers.
             persisting: calls once more what has failed because it died.
+            leave_gpus: called before a training.
         """
-        self._learner, self._get, self._persisting = learner, get, persisting
+        self._learner, self._get, self._persisting, self._leave_gpus = learner, get, persisting, leave_gpus
 
     def fit_prm(
         self, source: Path, target: Path, rows: Sequence[Labelled], held_out: Sequence[Labelled], settings: PrmSettings,
@@ -156,6 +163,7 @@ class Verifiers:
 
     def _watched(self, start: Callable[[], Any], show: Show) -> VerifierCurve:
         def once() -> VerifierCurve:
+            self._leave_gpus()
             result = start()
             while not ray.wait([result], timeout=_POLL_SECONDS)[0]:
                 answer = self._learner().verifier_progress.remote()

@@ -41,17 +41,25 @@ class Weights:
     @classmethod
     def of(cls, model: Any, dtype: str) -> Weights:
         """Those of a model; `dtype` is what the engine computes in."""
-        arrays = {}
-        for name, values in unique(model.state_dict()).items():
-            part = values.detach().to("cpu", getattr(torch, dtype)).contiguous()
-            arrays[name] = (part.view(torch.int16) if dtype == "bfloat16" else part).numpy()
-        return cls(arrays, dtype, probe_of(model))
+        parts = {name: values.detach().to("cpu", getattr(torch, dtype)) for name, values in unique(model.state_dict()).items()}
+        return cls(as_arrays(parts), dtype, probe_of(model))
 
     def tensors(self) -> dict[str, Tensor]:
         """They share memory with the arrays: not to be written to."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that what Ray hands over is read-only
-            return {name: torch.from_numpy(array).view(getattr(torch, self.dtype)) for name, array in self.arrays.items()}
+        return as_tensors(self.arrays, self.dtype)
+
+
+def as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, npt.NDArray[Any]]:
+    """Tensors on a CPU as arrays of the same memory where they are contiguous; bfloat16 as int16."""
+    parts = {name: part.contiguous() for name, part in tensors.items()}
+    return {name: (part.view(torch.int16) if part.dtype == torch.bfloat16 else part).numpy() for name, part in parts.items()}
+
+
+def as_tensors(arrays: Mapping[str, npt.NDArray[Any]], dtype: str) -> dict[str, Tensor]:
+    """The inverse, in the same memory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that what Ray hands over is read-only
+        return {name: torch.from_numpy(array).view(getattr(torch, dtype)) for name, array in arrays.items()}
 
 
 def unique(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

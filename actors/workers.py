@@ -84,7 +84,10 @@ class Workers:
             self._pool = None
         if self._pool is None:
             settings = self._settings
-            settings = settings.model_copy(update={"engine": settings.engine.model_copy(update={"kind": kind})})
+            changed: dict[str, Any] = {"engine": settings.engine.model_copy(update={"kind": kind})}
+            if kind != "vllm":
+                changed["cluster"] = settings.cluster.model_copy(update={"tensor_parallel": 1})
+            settings = settings.model_copy(update=changed)
             self._pool = RolloutPool(settings, folder.resolve(), version, context, self._log_dir, self._say, self.restarts)
             missing = kind == "hf" and self._settings.engine.kind == "auto" and engine_kind("auto") == "hf"
             self._say(f"engine: {self._pool.kind}" + (" (vLLM is not installed)" if missing else ""))
@@ -120,6 +123,7 @@ class Workers:
         how, kept = how_to_save(settings), str(resume.resolve()) if resume else None
 
         def once() -> Curve:
+            self._leave_gpus()
             learner = self._ready_group() if group else self._ready_learner()
             result = learner.fit.remote(str(source.resolve()), str(target.resolve()), data, settings, seed, check, kept, held_out)
             while not ray.wait([result], timeout=_POLL_SECONDS)[0]:
@@ -158,6 +162,7 @@ class Workers:
 
         def once() -> None:
             nonlocal told
+            self._leave_gpus()
             options = actor_options(self._settings.cluster.learner, f"dpo-{next(_NUMBERS)}", 1)
             actor = DpoActor.options(**options).remote(str(self._log_dir / "dpo.log"))
             result = actor.fit.remote(*folders, data, settings, policy, seed, str(resume.resolve()))
@@ -182,7 +187,7 @@ class Workers:
         cluster = self._settings.cluster
         options = actor_options(cluster.learner, f"grpo-{next(_NUMBERS)}", 1)
         actor = GrpoActor.options(**options).remote(str(folder.resolve()), settings, policy, seed, str(self._log_dir / "grpo.log"))
-        return GrpoLearner(actor, cluster.start_timeout, self._settings.engine)
+        return GrpoLearner(actor, cluster.start_timeout, self._settings.engine, self._leave_gpus)
 
     def search(self, searcher: Searcher, pool: RolloutPool) -> SearchWorkers:
         """Search workers that ask the pool of `searcher`, which is `pool` shared; their user closes them."""
@@ -204,7 +209,7 @@ class Workers:
 
     def verifiers(self) -> Verifiers:
         """Learned verifiers, trained and asked in the learner."""
-        return Verifiers(self._ready_learner, self._get, self._persisting)
+        return Verifiers(self._ready_learner, self._get, self._persisting, self._leave_gpus)
 
     def decode(
         self,
@@ -233,6 +238,10 @@ class Workers:
             on_rows(len(done), tokens)
             found += done
         return found
+
+    def _leave_gpus(self) -> None:
+        if self._pool is not None:
+            self._pool.sleep()
 
     def ask_learner(self, method: str, *args: Any) -> Any:
         """What the learner answers, asked again after it has died."""
@@ -297,10 +306,11 @@ class Workers:
 class GrpoLearner:
     """The driver's side of a GrpoActor. All calls but `learn` wait for `timeout` seconds at most."""
 
-    def __init__(self, actor: Any, timeout: float, engine: EngineSettings) -> None:
-        self._actor, self._timeout, self._engine = actor, timeout, engine
+    def __init__(self, actor: Any, timeout: float, engine: EngineSettings, leave_gpus: Callable[[], None]) -> None:
+        self._actor, self._timeout, self._engine, self._leave_gpus = actor, timeout, engine, leave_gpus
 
     def learn(self, groups: Sequence[Sequence[int]], rollouts: Sequence[Sampled]) -> Report:
+        self._leave_gpus()
         report: Report = self._get(self._actor.learn.remote(groups, rollouts), "learn", None)
         return report
 

@@ -284,7 +284,7 @@ class Ready:
 
     def stream(self, method: str, requests: Iterable[Any], how: Any, batch: int) -> Iterator[tuple[int, Any]]:
         from actors.parts import Parts
-        from actors.rollout import Batch
+        from actors.rollout_actor import Batch
 
         parts = Parts(requests, batch, 3)
         for made in itertools.cycle(self._made):

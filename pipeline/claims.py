@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.metrics import BASELINES, TRAINED
+from pipeline.metrics import BASELINES, IN_CONTEXT, TRAINED
 from pipeline.report import p_value, points
 from pipeline.statistics import share
 
@@ -110,10 +110,10 @@ def _of_accuracy(last: _Last) -> Iterator[tuple[str, Said]]:
     )
     baselines = [f"{control} {mode}" for mode in BASELINES if mode != "guided"] if control else []
     yield (
-        "There it solves more than the control's best of several samples with as many tokens",
+        "There it solves more than controls with as many tokens for the best of several samples, or for tries kept in the context",
         _worst(
-            [said for said in (_difference(last.against(name, "hindsight"), "") for name in baselines) if said[1]],
-            "needs evaluate.votes",
+            [said for said in (_difference(last.against(name, "hindsight"), "") for name in (*baselines, IN_CONTEXT)) if said[1]],
+            "needs evaluate.votes or sft.in_context",
         ),
     )
     yield (

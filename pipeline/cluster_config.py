@@ -23,6 +23,9 @@ class ClusterSettings(Section):
     address: str | None = Field(None, description="Ray address; null joins RAY_ADDRESS or starts Ray on this machine.")
     rollout_actors: int = Field(1, ge=1, le=4096, description="Rollout actors, each with an engine.")
     rollout: ActorResources = Field(ActorResources(), description="Resources of one rollout actor.")
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, description="Processes of one rollout actor's engine (vLLM), on one node, each with cluster.rollout."
+    )
     learner: SmallActorResources = Field(SmallActorResources(), description="Resources of the learner, or of each of its workers.")
     learner_workers: int = Field(1, ge=1, le=4096, description="Processes that share each training step, by Ray Train.")
     judge: SmallActorResources = Field(SmallActorResources(), description="Resources of one judge task.")

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pipeline.backtrack.curriculum import parse_schedule
 from pipeline.cluster_config import ClusterSettings
 from pipeline.dpo_config import DpoSettings
-from pipeline.engine_config import EngineSettings, check_handover
+from pipeline.engine_config import EngineSettings, check_handover, check_processes, check_sleep
 from pipeline.evaluate_config import EvaluateSettings, SamplingSettings
 from pipeline.experiment_config import ExperimentSettings, StudySettings
 from pipeline.grpo_config import GrpoSettings, LoraSettings
@@ -241,6 +241,9 @@ class SftSettings(TrainSettings):
     trainable: Literal["all", "undo_row", "lora"] = Field("all", description="Which weights are trained.")
     lora: LoraSettings = Field(LoraSettings(), description="For trainable: lora.")
     control: bool = Field(True, description="Also train the clean control: same steps, clean rows only.")
+    in_context: bool = Field(
+        False, description="Also train the control that searches in its context: same steps, same traces, failed tries stay there."
+    )
     fsdp: FsdpSettings | None = Field(None, description="Shard the model by FSDP; {} for its defaults, null does not.")
     deepspeed: str | None = Field(None, min_length=1, description="Train by DeepSpeed, which has to be installed: its JSON file.")
     checks: CheckSettings = Field(CheckSettings(), description="What is measured while it trains.")
@@ -379,6 +382,12 @@ class Settings(Section):
         for key, asked in (("prm.labels", self.prm.steps and self.prm.labels), ("dpo.pairs", self.dpo.steps and self.dpo.pairs)):
             if asked in ("search", "both") and not self.search.problems:
                 raise ValueError(f"{key} is {asked}, which needs the stage search: set search.problems")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_fits_the_rest(self) -> Self:
+        check_processes(self.engine, self.cluster)
+        check_sleep(self.engine, self.grpo)
         return self
 
     @model_validator(mode="after")

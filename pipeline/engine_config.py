@@ -32,6 +32,10 @@ class EngineSettings(Section):
     max_num_seqs: int = Field(256, ge=1, le=4096, description="Rows that the engine decodes at a time.")
     kv_cache_gib: int = Field(1, ge=1, le=1024, description="Memory for vLLM's KV cache on CPUs.")
     gpu_memory: float = Field(0.5, gt=0, le=1, description="Share of a GPU's memory for vLLM.")
+    sleep: bool = Field(
+        False,
+        description="vLLM leaves its GPU to the learner while that trains: weights in main memory, no cache. Nothing on CPUs.",
+    )
     simulated: SimulatedSettings = Field(SimulatedSettings(), description="Kind simulated: how long it takes.")
     handover: Literal["store", "nccl"] = Field(
         "store", description="How the GRPO learner's weights come: through Ray's object store, or from GPU to GPU (vLLM)."
@@ -42,6 +46,34 @@ class EngineSettings(Section):
         if (self.kind == "scripted") != (self.script is not None):
             raise ValueError(f"kind scripted and a script belong together: kind is {self.kind}, script is {self.script}")
         return self
+
+
+def check_sleep(engine: EngineSettings, grpo: GrpoSettings) -> None:
+    """
+    Raises:
+        ValueError: the engine cannot sleep while the learner trains.
+    """
+    if not engine.sleep:
+        return
+    if engine.kind not in ("auto", "vllm"):
+        raise ValueError(f"engine.sleep needs vLLM, engine.kind is {engine.kind}")
+    if grpo.steps and grpo.staleness:
+        raise ValueError(f"engine.sleep needs grpo.staleness 0, is {grpo.staleness}: engines would be busy")
+
+
+def check_processes(engine: EngineSettings, cluster: ClusterSettings) -> None:
+    """
+    Raises:
+        ValueError: this engine cannot be spread over processes.
+    """
+    if cluster.tensor_parallel == 1:
+        return
+    if engine.kind not in ("auto", "vllm"):
+        raise ValueError(f"cluster.tensor_parallel: {cluster.tensor_parallel} needs vLLM, engine.kind is {engine.kind}")
+    if cluster.rollout.gpus % 1:
+        raise ValueError(
+            f"cluster.tensor_parallel: {cluster.tensor_parallel} needs whole GPUs, cluster.rollout.gpus is {cluster.rollout.gpus:g}"
+        )
 
 
 def check_handover(engine: EngineSettings, cluster: ClusterSettings, grpo: GrpoSettings) -> None:
@@ -57,5 +89,7 @@ def check_handover(engine: EngineSettings, cluster: ClusterSettings, grpo: GrpoS
     gpus = {"cluster.rollout.gpus": cluster.rollout.gpus, "cluster.learner.gpus": cluster.learner.gpus}
     if lacking := [key for key, count in gpus.items() if count < 1]:
         raise ValueError(f"engine.handover: nccl needs {lacking[0]} of 1 or more, is {gpus[lacking[0]]:g}")
+    if cluster.tensor_parallel > 1:
+        raise ValueError(f"engine.handover: nccl needs cluster.tensor_parallel 1, is {cluster.tensor_parallel}")
     if grpo.staleness:
         raise ValueError(f"engine.handover: nccl needs grpo.staleness 0, is {grpo.staleness}: engines would be busy")

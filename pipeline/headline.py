@@ -36,6 +36,7 @@ def headline(metrics: Mapping[str, Any], temperature: float) -> list[Plot]:
         ("before", "base", last["mode"]),
         ("clean control, as much training", control, last["mode"]),
         ("its majority vote", control, "vote"),
+        ("failed tries kept in the context", "in_context", "soft"),
         ("with undo", trained, last["mode"]),
     ]
     modes = {mode for _, _, mode in shown}

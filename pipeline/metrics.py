@@ -15,6 +15,8 @@ TRAINED = ("grpo", "dpo", "sft")
 """Models that a round may end with, the last one first."""
 BASELINES = ("guided", "vote", "best_of_n")
 """Modes in which another detector, or more tokens, stand against trained undos."""
+IN_CONTEXT = "in_context soft"
+"""Model and mode of the control that keeps its failed tries in its context."""
 
 KIND_GROUPS = ("all", "forward", "hindsight")
 """The groups that every task has; the others are families."""
@@ -82,11 +84,11 @@ def summarise(rows: Sequence[Evaluated], probes: Sequence[Probed], round: int, m
     """
     temperatures = dict.fromkeys(row.temperature for row in rows)
     found = [_at_temperature([row for row in rows if row.temperature == one], round, one, main) for one in temperatures]
-    models = dict.fromkeys(row.model for row in rows)
+    models = dict.fromkeys(probe.model for probe in probes)
     return {
         "evaluations": [row for evaluations, _ in found for row in evaluations],
         "comparisons": [row for _, comparisons in found for row in comparisons],
-        "probes": [_detection(probes, round, model, *group) for model in models for group in groups(probes)] if probes else [],
+        "probes": [_detection(probes, round, model, *group) for model in models for group in groups(probes)],
     }
 
 
@@ -108,7 +110,8 @@ def _at_temperature(
                 place = {"round": round, "model": model, "split": split, "group": group, "temperature": temperature}
                 here_modes = [mode for mode in modes if (model, mode, split) in measured]
                 evaluations += [place | {"mode": mode} | figures(chosen[model, mode]) for mode in here_modes]
-                first = figures([first_try(row) for row in chosen[model, main]])
+                leads = main if main in here_modes or not here_modes else here_modes[0]
+                first = figures([first_try(row) for row in chosen[model, leads]])
                 del first["cut_at_max_tokens"]  # how first tries ended is not kept
                 evaluations.append(place | {"mode": "forbidden"} | first)
             place = {"round": round, "split": split, "group": group, "temperature": temperature}
@@ -227,7 +230,11 @@ def _compare(chosen: dict[tuple[str, str], list[Evaluated]], main: str, trained:
         return []
     own = chosen[trained, main]
     told = [(place, some) for place, some in chosen.items() if place != (trained, main) and some]
-    pairs = [(" ".join(place), some) for place, some in told if place[0] == trained or place[1] in (main, *BASELINES)]
+    pairs = [
+        (" ".join(place), some)
+        for place, some in told
+        if place[0] == trained or place[1] in (main, *BASELINES) or " ".join(place) == IN_CONTEXT
+    ]
     answers = [(name, [row.correct for row in some]) for name, some in pairs]
     answers.append((f"{trained} forbidden", [row.first_correct for row in own]))
     found = []

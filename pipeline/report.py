@@ -49,6 +49,7 @@ KINDS = ("all", "forward", "hindsight")
 LABELS = {
     "base": "before",
     "clean_control": "clean control",
+    "in_context": "control that searches in its context",
     "sft": "after",
     "dpo": "after preferences",
     "grpo_control": "control after GRPO",
@@ -57,6 +58,7 @@ LABELS = {
 _PHRASES = {
     "base": "the model before",
     "clean_control": "the clean control",
+    "in_context": "the control that searches in its context",
     "sft": "the model after fine-tuning",
     "dpo": "the model after preferences",
     "grpo_control": "the control after GRPO",

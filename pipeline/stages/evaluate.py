@@ -2,7 +2,7 @@
 forbidden, and P(undo) in wrong and right states. Every row is kept, so that any two models can be compared later.
 
 The main mode decodes every split; the others, which are there to be set beside it, the test split. So do further temperatures, in
-the main mode.
+the main mode. The control that searches in its context has one mode, on the test split.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.stages.measured import Model, decode, evaluated, generate, request
 from pipeline.stages.planted import OUTCOMES, biased_rows, planted_outcomes
 from pipeline.stages.probes import Case, own_errors, spread
 from pipeline.stages.rollouts import within_context
-from pipeline.stages.sft import CONTROL
+from pipeline.stages.sft import CONTROL, IN_CONTEXT
 from pipeline.stages.stage import Context
 from pipeline.stages.votes import SAMPLES, vote
 from pipeline.tasks.problem import Problem
@@ -84,8 +84,12 @@ def run(context: Context) -> None:
     chosen = [chosen[i] for i in fits]
     models = _models(context)
     rows: list[Evaluated] = []
-    of_model = sum(len(_told(asked, mode, at, chosen)) for at in (asked.temperature, *asked.also_at) for mode in asked.modes)
-    with context.terminal.stage("evaluate", len(models) * of_model) as progress, Kept(context.resume / "models.jsonl") as kept:
+    told = {
+        model.name: sum(map(len, _told(asked, model, at, chosen).values()))
+        for at in (asked.temperature, *asked.also_at)
+        for model in models
+    }
+    with context.terminal.stage("evaluate", sum(told.values())) as progress, Kept(context.resume / "models.jsonl") as kept:
         for model in models:
             if model.name not in kept.found:  # a killed run may have left it behind
                 progress.advance(0, model.name)
@@ -93,7 +97,7 @@ def run(context: Context) -> None:
                 context.rollouts.write([line for row in found for line in rolled_of(row, model.version)])
                 kept.add({model.name: [astuple(row) for row in found]})
             else:
-                progress.advance(of_model, model.name)
+                progress.advance(told[model.name], model.name)
             rows += [Evaluated(*tuples(row)) for row in kept.found[model.name]]
     rows.sort(key=lambda row: row.temperature != asked.temperature)  # what is measured beside comes behind
     test = [problem for problem in chosen if problem.split == "test"]
@@ -102,9 +106,10 @@ def run(context: Context) -> None:
     biased = biased_rows(context, models[-1], rows, test, codec)
     with context.terminal.stage("probes", None) as progress:
         cases = own_errors(context, models[0].folder, models[0].version, test, codec)[: asked.probes]
-        probes = _probe(context, models, cases)
+        general = [model for model in models if model.mode is None]
+        probes = _probe(context, general, cases)
         progress.update(len(probes))
-    outcomes = planted_outcomes(context, models[1:], test, cases, codec)
+    outcomes = planted_outcomes(context, general[1:], test, cases, codec)
     for some, features, folder in (
         (rows, ROWS, context.out),
         (probes, PROBES, context.out / "probes"),
@@ -146,6 +151,8 @@ def _models(context: Context) -> list[Model]:
     models = [Model("base", context.inputs["model"], context.digests["model"])]
     if (context.inputs["sft"] / CONTROL).is_dir():
         models.append(Model("clean_control", context.inputs["sft"] / CONTROL, f"{context.digests['sft']}/{CONTROL}"))
+    if (context.inputs["sft"] / IN_CONTEXT).is_dir():
+        models.append(Model(IN_CONTEXT, context.inputs["sft"] / IN_CONTEXT, f"{context.digests['sft']}/{IN_CONTEXT}", "soft"))
     models.append(Model("sft", context.inputs["sft"], context.digests["sft"]))
     if preferring := context.inputs.get("dpo"):
         models.append(Model("dpo", preferring, context.digests["dpo"]))
@@ -162,13 +169,20 @@ def _evaluate(
     asked = context.settings.evaluate
     rows = []
     for temperature in (asked.temperature, *asked.also_at):
-        of_mode = {mode: _told(asked, mode, temperature, problems) for mode in asked.modes}
-        rows += _at(context, model, {mode: some for mode, some in of_mode.items() if some}, temperature, codec, on_rows)
+        rows += _at(context, model, _told(asked, model, temperature, problems), temperature, codec, on_rows)
     return rows
 
 
-def _told(asked: EvaluateSettings, mode: Mode, temperature: float, problems: Sequence[Problem]) -> list[Problem]:
-    """What a mode decodes at a temperature: the first mode at the first one decodes everything, and dev is for it alone."""
+def _told(asked: EvaluateSettings, model: Model, temperature: float, problems: Sequence[Problem]) -> dict[Mode, list[Problem]]:
+    """What a model decodes in which mode at a temperature."""
+    if model.mode is not None:
+        return {model.mode: [problem for problem in problems if problem.split == "test"]}
+    of_mode = {mode: _told_mode(asked, mode, temperature, problems) for mode in asked.modes}
+    return {mode: some for mode, some in of_mode.items() if some}
+
+
+def _told_mode(asked: EvaluateSettings, mode: Mode, temperature: float, problems: Sequence[Problem]) -> list[Problem]:
+    """The first mode at the first temperature decodes everything, and dev is for it alone."""
     first, leads = temperature == asked.temperature, mode == asked.modes[0]
     if not (asked.everywhere or first or leads):
         return []

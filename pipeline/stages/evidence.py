@@ -160,7 +160,6 @@ def _first_tries(evaluate: Path) -> dict[str, tuple[list[str], list[bool], list[
 
 def _missing(settings: Settings, metrics: Mapping[str, Any], last: int) -> Iterator[str]:
     """What a reader could look for and does not find, and which setting makes it."""
-    asked = settings.evaluate
     here = [one for one in metrics["evaluations"] if one["round"] == last and one["n"]]
     if not any(one["model"] == "clean_control" for one in here):
         yield "the clean control, without which a gain may come from the training steps alone (sft.control)"
@@ -168,7 +167,7 @@ def _missing(settings: Settings, metrics: Mapping[str, Any], last: int) -> Itera
         if not any(one["split"] == split for one in here):
             yield f"the {split} split, of which nothing was evaluated"
     for mode in ("rewind", "soft", "guided"):
-        if mode not in asked.modes:
+        if not any(one["mode"] == mode for one in here):
             yield f"mode {mode} (evaluate.modes)"
     if not any(one["mode"] == "vote" for one in here):
         yield "the majority vote with as many tokens (evaluate.votes)"

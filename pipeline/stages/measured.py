@@ -29,6 +29,8 @@ class Model:
     name: str
     folder: Path
     version: str
+    mode: Mode | None = None
+    """The one that it is made for, where others say nothing of it."""
 
 
 def silent(rows: int, tokens: int) -> None: ...

@@ -1,4 +1,5 @@
-"""Stage `sft`: masked fine-tuning on traces and clean rows, and the clean control: same start, same steps, no trace."""
+"""Stage `sft`: masked fine-tuning on traces and clean rows, and two controls of the same start and steps: the clean one without
+traces, and one that learns from the same traces to go on behind a failed try, which stays in its context."""
 
 from __future__ import annotations
 
@@ -22,6 +23,8 @@ from rewards.regression import regression_weights, trace_reward
 
 CONTROL = "control"
 """Folder of the clean control below the stage's own model folder."""
+IN_CONTEXT = "in_context"
+"""Of the control that searches in its context."""
 
 
 def run(context: Context) -> None:
@@ -44,14 +47,20 @@ def run(context: Context) -> None:
     write_json(curve_json(curve), context.out / "curve.json")
     context.counts.update(rows=len(traces), steps=curve.step, tokens=curve.tokens, target_tokens=curve.target_tokens)
     context.counts["left_out"] = curve.left_out
+    plain = settings.sft.model_copy(update={"dynamic": False, "head_weight": 0.0})
     if settings.sft.control:
         clean = [clean_trace(codec, problem) for problem in read_problems(context.inputs["problems"], "train")]
         data = TrainingSet(clean, codec.rule)
-        plain = settings.sft.model_copy(update={"dynamic": False, "head_weight": 0.0})
         kept = context.resume / "sft-control"
         control = train(context, "sft/control", data, context.out / CONTROL, plain, settings.run.seed, kept)
         write_json(curve_json(control), context.out / CONTROL / "curve.json")
         context.counts.update(control_rows=len(clean), control_steps=control.step, control_tokens=control.tokens)
+    if settings.sft.in_context:
+        plain = plain.model_copy(update={"form": "soft", "hide_undos": False, "positions": "kept"})
+        data, kept = training_set(traces, codec.rule, plain), context.resume / "sft-in-context"
+        control = train(context, "sft/in_context", data, context.out / IN_CONTEXT, plain, settings.run.seed, kept)
+        write_json(curve_json(control), context.out / IN_CONTEXT / "curve.json")
+        context.counts.update(in_context_steps=control.step, in_context_tokens=control.tokens)
 
 
 def start(context: Context) -> Path:

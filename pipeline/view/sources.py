@@ -219,7 +219,11 @@ class EvaluatedSource(_Output):
     def model_of(self, model: str) -> tuple[str, str]:
         if model == "base":
             return "model", ""
-        stage, control = {"clean_control": ("sft", "control"), "grpo_control": ("grpo", "control")}.get(model, (model, ""))
+        stage, control = {
+            "clean_control": ("sft", "control"),
+            "in_context": ("sft", "in_context"),
+            "grpo_control": ("grpo", "control"),
+        }.get(model, (model, ""))
         return stage, control
 
 

@@ -46,6 +46,13 @@ def test_no_single_node_can_hold_what_the_sum_can() -> None:
     )
 
 
+def test_an_engine_of_several_processes_needs_one_node() -> None:
+    two = asks_of(asked(tensor_parallel=2, rollout={"gpus": 1.0, "cpus": 1.0}))
+    said = missing(two, [node("a", 4, 1), node("b", 4, 1)])
+    assert said and said.startswith("a rollout actor (cluster.rollout) needs 2 CPUs and 2 GPUs on one node, and no node has them")
+    assert missing(two, [node("a", 4, 2)]) is None and bundles_of(two)[0] == {"CPU": 2.0, "GPU": 2.0}
+
+
 def test_room_for_some_of_a_kind() -> None:
     said = missing(asks_of(asked(rollout_actors=3, rollout={"gpus": 2.0})), [node("a", 8, 3), node("b", 8, 3)])
     assert said and "3 rollout actors (cluster.rollout)" in said and "the nodes have room for 2: " in said

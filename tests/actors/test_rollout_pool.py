@@ -18,7 +18,8 @@ from actors.cluster import ClusterError
 from actors.decode import HfDecoder
 from actors.parts import Quarantine, Quarantined, TooManyQuarantined, all_there
 from actors.policy import Policy, Sampled
-from actors.rollout import RolloutActor, RolloutPool
+from actors.rollout import RolloutPool
+from actors.rollout_actor import RolloutActor
 from actors.weights import Probe, Weights, probe_of
 from actors.workers import Workers
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding

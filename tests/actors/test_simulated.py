@@ -99,8 +99,9 @@ def test_rows_made_with_other_lengths_are_other_rows() -> None:
 def test_an_actor_with_it_is_a_small_process() -> None:
     """A hundred rollout actors fit on one machine because torch is imported by the engines that compute with it alone."""
     code = (
-        "import sys, actors.rollout; from actors.engines import make_engine; from pipeline.engine_config import EngineSettings; "
-        "make_engine('nowhere', EngineSettings(kind='simulated'), 9, 0); print(*{'torch', 'transformers'} & set(sys.modules))"
+        "import sys, actors.rollout_actor; from actors.engines import make_engine; "
+        "from pipeline.engine_config import EngineSettings; make_engine('nowhere', EngineSettings(kind='simulated'), 9, 0); "
+        "print(*{'torch', 'transformers'} & set(sys.modules))"
     )
     root = Path(__file__).resolve().parents[2]
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)

@@ -15,7 +15,8 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from actors import rollout
 from actors.cluster import ClusterError, Restarts
 from actors.parts import Quarantine, Quarantined
-from actors.rollout import Batch, RolloutPool
+from actors.rollout import RolloutPool
+from actors.rollout_actor import Batch
 from pipeline.config import Settings
 
 
@@ -109,7 +110,7 @@ class FakeRay:
 def pool_of(actors: int, folder: Path, restarts: int = 10_000, most: int = 99) -> RolloutPool:
     pool = RolloutPool.__new__(RolloutPool)
     pool._settings, pool._say, pool._timeout, pool._version = Settings(), lambda line: None, 1.0, "v"
-    pool._coming, pool._restarts = {}, Restarts(restarts, pool._say)
+    pool._coming, pool._groups, pool._asleep, pool._restarts = {}, {}, False, Restarts(restarts, pool._say)
     pool._start = Actor  # type: ignore[method-assign]
     pool._actors = [Actor() for _ in range(actors)]
     pool._heard = set(pool._actors)

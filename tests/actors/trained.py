@@ -29,9 +29,14 @@ def prepared(folder: Path) -> UndoRule:
     return UndoRule(undo_id, "all")
 
 
-def thirty_traces(source: Path, form: Form = Form(), most_undos: Schedule | None = None) -> TrainingSet:  # noqa: B008
+def thirty_traces(
+    source: Path,
+    form: Form = Form(),  # noqa: B008
+    most_undos: Schedule | None = None,
+    undo: str = "<U>",
+) -> TrainingSet:
     """Half of them with an undo, of uneven length."""
-    rule = UndoRule(AutoTokenizer.from_pretrained(source).convert_tokens_to_ids("<U>"), "all")
+    rule = UndoRule(AutoTokenizer.from_pretrained(source).convert_tokens_to_ids(undo), "all")
     traces = []
     for n in range(30):
         detours = [Detour(0, WrongTry((40 + n, 41), (True, False)))] if n % 2 else []

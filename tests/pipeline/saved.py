@@ -20,12 +20,12 @@ PROBLEMS = list(synthetic.load(SyntheticTask(train=8, dev=8, test=8, ood=8), see
 CONTEXT = 512
 
 
-def save_problems_and_models(folders: dict[str, Path]) -> dict[str, Path]:
+def save_problems_and_models(folders: dict[str, Path], width: int = 32) -> dict[str, Path]:
     """Problems, and models of one tokenizer whose random weights are far from even, so that undo is now likely and now not."""
     write_rows([vars(problem) for problem in PROBLEMS], FEATURES, folders["problems"])
     for seed, name in enumerate(name for name in folders if name != "problems"):
         tokenizer = train_tokenizer([f"{problem.question}\n{problem.solution}" for problem in PROBLEMS], 320)
-        model: Any = new_model(ScratchModel(layers=2, width=32, heads=2, vocab=320, context=CONTEXT), tokenizer, seed)
+        model: Any = new_model(ScratchModel(layers=2, width=width, heads=2, vocab=320, context=CONTEXT), tokenizer, seed)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(6)

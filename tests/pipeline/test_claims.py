@@ -12,7 +12,7 @@ from pipeline.statistics import paired, share
 from tests.pipeline.reported import evaluated, page, parsed, render
 
 MORE = "Where the evidence comes after the choice, undo solves more than as much training on clean solutions"
-VOTE = "There it solves more than the control's best of several samples with as many tokens"
+VOTE = "There it solves more than controls with as many tokens for the best of several samples, or for tries kept in the context"
 COST = "Where the evidence comes before the choice, undo costs no more than 1 point"
 LATE = "Undo gains more where the evidence comes late than where it does not"
 TRAINED = "Trained undos solve more than undos at improbable tokens, which need no training"
@@ -66,6 +66,8 @@ def test_of_several_baselines_the_best_one_counts() -> None:
     assert one.verdict == "not decided" and one.figures.startswith("+1.0 points")
     (one,) = of(pair("clean_control vote", "hindsight", 0.4))[VOTE]
     assert one.verdict == "holds"
+    (one,) = of(pair("clean_control vote", "hindsight", 0.4), pair("in_context soft", "hindsight", -0.1))[VOTE]
+    assert one.verdict == "does not hold"
 
 
 def test_late_against_early_evidence_by_both_variances() -> None:
@@ -85,7 +87,7 @@ def test_spurious_undos_have_a_bound(rate: float, verdict: str) -> None:
 def test_what_is_missing_is_named_and_never_decided() -> None:
     found = of(pair("clean_control rewind", "hindsight", 0.3, None))
     assert [(found[name][0].verdict, found[name][0].figures) for name in (VOTE, TRAINED, NOTICES, PLANTS)] == [
-        ("not measured", "needs evaluate.votes"),
+        ("not measured", "needs evaluate.votes or sft.in_context"),
         ("not measured", "needs guided in evaluate.modes"),
         ("not measured", "needs evaluate.planted"),
         ("not measured", "needs sft.checks"),

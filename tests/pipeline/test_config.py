@@ -117,6 +117,31 @@ def error_of(folder: Path, text: str, *overrides: str) -> str:
             "settings of several sections (set in FILE): engine.handover: nccl needs grpo.staleness 0, is 1: engines would be busy",
         ),
         ("grpo: {refill: 1, staleness: 1}", [], "grpo (set in FILE): refill needs staleness 0, is 1"),
+        (
+            "engine: {handover: nccl}\ngrpo: {steps: 1}\ncluster: {tensor_parallel: 2, rollout: {gpus: 1}, learner: {gpus: 1}}",
+            [],
+            "settings of several sections (set in FILE): engine.handover: nccl needs cluster.tensor_parallel 1, is 2",
+        ),
+        (
+            "engine: {kind: hf}\ncluster: {tensor_parallel: 2}",
+            [],
+            "settings of several sections (set in FILE): cluster.tensor_parallel: 2 needs vLLM, engine.kind is hf",
+        ),
+        (
+            "cluster: {tensor_parallel: 2, rollout: {gpus: 0.5}}",
+            [],
+            "settings of several sections (set in FILE): cluster.tensor_parallel: 2 needs whole GPUs, cluster.rollout.gpus is 0.5",
+        ),
+        (
+            "engine: {sleep: true, kind: scripted, script: x}",
+            [],
+            "settings of several sections (set in FILE): engine.sleep needs vLLM, engine.kind is scripted",
+        ),
+        (
+            "engine: {sleep: true}\ngrpo: {steps: 1, staleness: 1}",
+            [],
+            "settings of several sections (set in FILE): engine.sleep needs grpo.staleness 0, is 1: engines would be busy",
+        ),
         # wrong types
         ("run: {seed: 1.5}", [], "run.seed (set in FILE): should be a valid integer, not 1.5"),
         ("run: {seed: '1'}", [], "run.seed (set in FILE): should be a valid integer, not '1'"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -194,6 +196,23 @@ def test_modes_share_the_first_tries_of_the_main_one(inputs: dict[str, Path], tm
     assert first["rewind"] == [row["first_token_ids"] for row in rows["soft"]]  # greedy: any engine agrees
     assert first["soft"] == [row["first_token_ids"] for row in rows["soft"] if row["split"] == "test"]
     assert [row for row in rows["both"] if row["mode"] == "soft"] == [row for row in rows["soft"] if row["split"] == "test"]
+
+
+def test_the_control_that_searches_in_its_context_is_decoded_so_and_not_otherwise(inputs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(inputs["sft"], tmp_path / "sft")
+    shutil.copytree(inputs["model"], tmp_path / "sft" / "in_context")
+    asked = settings_of(modes=["rewind", "soft"], also_at=[0.9])
+    rows = evaluated(inputs | {"sft": tmp_path / "sft"}, tmp_path / "out", asked)
+    mine = [row for row in rows if row["model"] == "in_context"]
+    assert {(row["mode"], row["split"], row["temperature"]) for row in mine} == {("soft", "test", at) for at in (0.0, 0.9)}
+    base = [row for row in rows if (row["model"], row["mode"]) == ("base", "soft")]  # which has the same weights here
+    assert [row["token_ids"] for row in mine if not row["temperature"]] == [row["token_ids"] for row in base]
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    compared = {(one["before"], one["temperature"]) for one in metrics["comparisons"]}
+    assert {("in_context soft", 0.0), ("in_context soft", 0.9)} <= compared
+    first = [one for one in metrics["evaluations"] if (one["model"], one["mode"]) == ("in_context", "forbidden") and one["n"]]
+    assert {(one["split"], one["temperature"]) for one in first} == {("test", 0.0), ("test", 0.9)}
+    assert {one["model"] for one in metrics["probes"]} == {"base", "sft"}
 
 
 @pytest.mark.parametrize(("temperature", "modes"), [(0.0, ["guided"]), (0.9, ["rewind", "guided"])], ids=["main", "beside"])

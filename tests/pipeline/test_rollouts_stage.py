@@ -15,7 +15,7 @@ from datasets import load_from_disk
 from actors.decode import HfDecoder
 from actors.engines import HfEngine
 from actors.parts import Quarantined
-from actors.rollout import Batch
+from actors.rollout_actor import Batch
 from pipeline.backtrack.cursor import DecodeRequest
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import DecodeSettings, EngineSettings, EvaluateSettings, RolloutSettings, Settings, UndoSettings

@@ -124,7 +124,7 @@ def test_a_round_trains_the_newest_model_or_the_base_again(init: str, folder: st
 
 
 def test_traces_are_taught_as_the_settings_say(tmp_path: Path, with_undo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the control has the gold solutions of training problems alone, in the plain form."""
+    """And the clean control has the gold solutions of training problems alone, in the plain form."""
     undo_id = Codec(with_undo, UndoSettings(), "{question}").rule.undo_id
     ids, roles = [5, 6, undo_id, 7], [Role.PROMPT, Role.ERROR, Role.UNDO, Role.CORRECTION]
     write_rows([trace_row(1, input_ids=ids, roles=list(map(int, roles)))], FEATURES, tmp_path / "traces")
@@ -137,7 +137,7 @@ def test_traces_are_taught_as_the_settings_say(tmp_path: Path, with_undo: Path, 
             "sft": {
                 "form": "hard", "hide_undos": True, "positions": "depth", "mask": "span", "detect_at": "first",
                 "train_prompt": True, "together": False, "weights": {"undo": 2.0}, "most_undos": [[0, 1], [5, 3]],
-                "reward_weight": {"beta": 0.5}, "checks": {"every": None},
+                "in_context": True, "reward_weight": {"beta": 0.5}, "checks": {"every": None},
             },
         }
     )  # fmt: skip
@@ -151,6 +151,9 @@ def test_traces_are_taught_as_the_settings_say(tmp_path: Path, with_undo: Path, 
     assert data.form == Form("hard", "deferred", True, "depth") and not data.together
     assert data.weights == [1.0]  # the only trace is as good as their mean
     assert data.most_undos == Schedule(((0, 1), (5, 3)))
+    searching = trained.sets["sft/in_context"]  # the same lesson, but for what is seen of failed tries
+    assert searching.form == Form("soft", "deferred", False, "kept")
+    assert (searching.traces, searching.targets, searching.most_undos) == (data.traces, data.targets, data.most_undos)
     assert len(control.traces) == counts["control_rows"] == 3
     assert control.targets == Targets() and control.form == Form() and control.most_undos is None
     assert {role for trace in control.traces for role in trace.roles} == {Role.PROMPT, Role.CORRECTION}
