@@ -8,14 +8,16 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import metrics
-from actors.nodes import check_nodes, check_room, wait_for_room
+from actors.nodes import check_learner_here, check_nodes, check_room, wait_for_room
 from actors.placement import ClusterError
 from pipeline.cluster_config import ActorResources, ClusterSettings
 
@@ -44,18 +46,30 @@ class Restarts:
         return True
 
 
-@contextmanager
-def ray_session(cluster: ClusterSettings, shared: Path | None = None, say: Callable[[str], None] = print) -> Iterator[str]:
-    """Ray for the length of a run; yields the dashboard's address, "" where there is none.
+@dataclass(frozen=True)
+class Session:
+    """A Ray that a run works on."""
 
-    RAY_ADDRESS or cluster.address is joined; otherwise a local Ray starts and ends here.
+    dashboard: str
+    """Its address; "" where there is none."""
+    apart: bool
+    """Not every node sees the run's folder: what reads or writes there stays on the driver's node."""
+
+
+@contextmanager
+def ray_session(
+    cluster: ClusterSettings, shared: Path | None = None, say: Callable[[str], None] = print, may_be_apart: bool = False
+) -> Iterator[Session]:
+    """Ray for the length of a run. RAY_ADDRESS or cluster.address is joined; otherwise a local Ray starts and ends here.
 
     Args:
-        shared: a folder that every node of a joined cluster has to see.
+        shared: a folder that every node of a joined cluster has to see,
+        may_be_apart: unless this is so, and the learner has its place on this node.
 
     Raises:
         ClusterError: no Ray at the address, no room for the actors, or a node that cannot be worked with.
     """
+    apart = False
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     # Workers import this checkout: inside a job the working directory is on their path already.
     root = str(Path(__file__).resolve().parent.parent)
@@ -81,10 +95,13 @@ def ray_session(cluster: ClusterSettings, shared: Path | None = None, say: Calla
         # An actor that never fits would stay pending for ever: say so before any work starts.
         if address:
             wait_for_room(cluster, say)
-            check_nodes(shared)
+            apart = check_nodes(shared, may_be_apart)
+            if apart:
+                check_learner_here(cluster)
+                say("some nodes do not see the run's folder: the learner stays on this one, engines get models through Ray")
         else:
             check_room(cluster)
-        yield joined.dashboard_url or ""
+        yield Session(joined.dashboard_url or "", apart)
     finally:
         ray.shutdown()
 
@@ -102,6 +119,12 @@ def actor_options(resources: ActorResources, name: str, sharing: int) -> dict[st
         "name": metrics.named(name),
         "runtime_env": {"env_vars": environment(threads)},
     }
+
+
+def on_this_node(options: dict[str, Any]) -> dict[str, Any]:
+    """The same options for an actor that has to live where this process does."""
+    here = ray.get_runtime_context().get_node_id()
+    return options | {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
 
 
 def one_node(resources: ActorResources, processes: int) -> PlacementGroup | None:

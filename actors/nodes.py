@@ -9,7 +9,9 @@ import hashlib
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,22 +94,44 @@ def wait_for_room(cluster: ClusterSettings, say: Callable[[str], None]) -> None:
         remove_placement_group(group)
 
 
-def check_nodes(shared: Path | None) -> None:
+def check_nodes(shared: Path | None, may_be_blind: bool = False) -> bool:
     """Compare every node with this process.
 
     Args:
         shared: the run's folder, which every node has to see; None asks nothing of them.
+        may_be_blind: nor does this.
+
+    Returns:
+        Whether there are nodes that do not see `shared`.
 
     Raises:
         ClusterError: a node does not answer or cannot run this code, has other versions, a full disk, or does not see `shared`.
     """
-    here = facts(None)
+    with _marked(shared) as mark:
+        found = _ask_nodes(mark)
+    if wrong := differences(facts(None), found, None if may_be_blind else shared):
+        raise ClusterError(wrong)
+    return not all(one.sees for _, one in found)
+
+
+@contextmanager
+def _marked(shared: Path | None) -> Iterator[str | None]:
+    """A file that only those see who see the same folder: another node may have one of the same name."""
+    if shared is None:
+        yield None
+        return
+    shared.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=shared.resolve(), prefix=".seen-") as mark:
+        yield mark.name
+
+
+def _ask_nodes(mark: str | None) -> list[tuple[str, Facts]]:
+    """Name and facts of every node."""
     ask: Any = ray.remote(num_cpus=0, max_retries=0)(facts)
-    path = str(shared.resolve()) if shared else None
     asked = {
         ask.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=one["NodeID"], soft=False), name="look at node"
-        ).remote(path): _name(one)
+        ).remote(mark): _name(one)
         for one in ray.nodes()
         if one["Alive"]
     }
@@ -121,18 +145,41 @@ def check_nodes(shared: Path | None) -> None:
         except RayError as error:
             last = " ".join(str(error).split())[-300:]
             raise ClusterError(f"node {asked[one]} cannot run this program: {last}") from error
-    if wrong := differences(here, found, path):
-        raise ClusterError(wrong)
+    return found
 
 
-def differences(here: Facts, found: Sequence[tuple[str, Facts]], shared: str | None) -> str | None:
-    """One line on the nodes, by name, that this process cannot work with; None where there are none."""
+def check_learner_here(cluster: ClusterSettings) -> None:
+    """
+    Raises:
+        ClusterError: the learner cannot be placed on the node of this process.
+    """
+    if cluster.learner_workers > 1:
+        raise ClusterError(
+            f"cluster.learner_workers is {cluster.learner_workers}, which needs run.cache on a disk that all nodes see: "
+            "without one the learner stays on the driver's node"
+        )
+    key = ray.get_runtime_context().get_node_id()
+    name, there = next((_name(one), one["Resources"]) for one in ray.nodes() if one["NodeID"] == key)
+    for kind, needed in (("CPU", cluster.learner.cpus), ("GPU", cluster.learner.gpus)):
+        if needed > (has := there.get(kind, 0)):
+            raise ClusterError(
+                f"the learner (cluster.learner) needs {needed:g} {kind}s on the driver's node {name}, which has {has:g}, since "
+                "other nodes do not see run.cache: start the driver elsewhere, or put run.cache on a disk that all nodes see"
+            )
+
+
+def differences(here: Facts, found: Sequence[tuple[str, Facts]], shared: Path | None) -> str | None:
+    """One line on the nodes, by name, that this process cannot work with; None where there are none.
+
+    Args:
+        shared: what each has to see; None asks nothing of them.
+    """
     others = [(name, _other(here, one)) for name, one in found]
     if differing := [(name, other) for name, other in others if other]:
         more = f" (and {len(differing) - 1} more nodes)" if len(differing) > 1 else ""
         return f"node {differing[0][0]} does not run what the driver runs: {differing[0][1]}{more}"
-    if blind := [name for name, one in found if not one.sees]:
-        return f"{_names(blind)} cannot see {shared}: run.root must lie on a disk that all nodes share"
+    if shared and (blind := [name for name, one in found if not one.sees]):
+        return f"{_names(blind)} cannot see {shared.resolve()}: run.root must lie on a disk that all nodes share, or be a URL"
     if full := [(name, one.free) for name, one in found if one.free < LEAST_FREE]:
         name, free = full[0]
         return f"the disk of node {name} is full: {free:,} bytes are free for Ray's session, {LEAST_FREE:,} are needed"
@@ -144,8 +191,8 @@ def _other(here: Facts, there: Facts) -> str:
     return ", ".join(f"{what} {value} (driver: {own})" for what, value, own in pairs if value != own)
 
 
-def facts(shared: str | None) -> Facts:
-    """Of the machine and the code that run this."""
+def facts(mark: str | None) -> Facts:
+    """Of the machine and the code that run this; `mark` is a file that it should see."""
     versions = {"Python": platform.python_version()}
     for package in _PACKAGES:
         # A node with GPUs has another build of the same version.
@@ -153,7 +200,7 @@ def facts(shared: str | None) -> Facts:
     versions["retract's code"] = code_digest(Path(__file__).resolve().parent.parent)[:12]
     node = ray_worker._global_node
     session = node.get_session_dir_path() if node else "/"
-    return Facts(versions, shutil.disk_usage(session).free, shared is None or Path(shared).is_dir())
+    return Facts(versions, shutil.disk_usage(session).free, mark is None or Path(mark).is_file())
 
 
 def code_digest(root: Path) -> str:

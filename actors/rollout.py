@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors import metrics
 from actors.cluster import ClusterError, Restarts, actor_options, one_line, one_node
 from actors.engines import Completion, Request, Sampling
+from actors.parcel import Source
 from actors.parts import Part, Parts, Quarantine, Quarantined
 from actors.rollout_actor import Batch, RolloutActor
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
@@ -75,10 +76,13 @@ class RolloutPool:
         log_dir: Path,
         say: Callable[[str], None] = print,
         restarts: Restarts | None = None,
+        apart: bool = False,
     ) -> None:
+        """`apart`: there are nodes that do not see model folders."""
         self._settings, self._context, self._log_dir, self._say = settings, context, log_dir, say
         self._timeout = settings.cluster.start_timeout
-        self._folder, self._folder_version, self._version = folder, version, version
+        self._apart, self._version = apart, version
+        self._source = self._source_of(folder)
         # Where weights have taken the place of the folder's: those of now, for an actor that begins.
         self._published: Callable[[], ray.ObjectRef[Weights]] | None = None
         self._held: Weights | None = None
@@ -105,14 +109,16 @@ class RolloutPool:
         group = one_node(cluster.rollout, processes) if processes > 1 else None
         if group is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
-        actor = RolloutActor.options(**options).remote(
-            str(self._folder), self._folder_version, self._settings, self._context, log_file
-        )
+        actor = RolloutActor.options(**options).remote(self._source, self._settings, self._context, log_file)
         if group is not None:
             self._groups[actor] = group
         if self._published is not None:
             actor.set_weights.remote(self._published(), self._version)
         return actor
+
+    def _source_of(self, folder: Path) -> Source:
+        """Of the version of now."""
+        return (Source.apart if self._apart else Source)(str(folder), self._version)
 
     @property
     def version(self) -> str:
@@ -138,9 +144,10 @@ class RolloutPool:
         """Make every engine generate with this model from now on; completions carry `version`."""
         self.wake()
         if version != self._version:
-            self._folder, self._folder_version, self._version = folder, version, version
+            self._version = version
+            self._source = self._source_of(folder)
             self._published = self._held = None
-            self._all("load_weights", str(folder), version)
+            self._all("load_weights", self._source)
         metrics.generates_with(version)
 
     def publish(self, weights: ray.ObjectRef[Weights], version: str) -> None:

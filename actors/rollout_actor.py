@@ -11,6 +11,7 @@ import ray
 
 from actors import metrics
 from actors.engines import MODELLESS, Engine, Request, Sampling, make_engine
+from actors.parcel import Source
 from pipeline.backtrack.cursor import DecodeRequest, Decoding
 from pipeline.config import Settings
 from pipeline.telemetry import redirect_process_output
@@ -32,19 +33,20 @@ class Batch:
 class _Rollout:
     """Holds one engine."""
 
-    def __init__(self, folder: str, version: str, settings: Settings, context: int, log_file: str) -> None:
+    def __init__(self, source: Source, settings: Settings, context: int, log_file: str) -> None:
         redirect_process_output(Path(log_file))
-        if settings.cluster.tensor_parallel > 1:
-            from actors.tensor_parallel import TensorParallelEngine
-
-            self._engine: Engine = TensorParallelEngine(Path(folder), settings, context, Path(log_file))
-        else:
-            self._engine = make_engine(Path(folder), settings.engine, context, settings.run.seed)
         self._dtype = settings.engine.dtype
-        self._version = version
+        self._version = source.version
         self._probe: Probe | None = None  # of the weights of now
         self._asleep = False
-        self._check_folder(folder)
+        with source.opened() as folder:
+            if settings.cluster.tensor_parallel > 1:
+                from actors.tensor_parallel import TensorParallelEngine
+
+                self._engine: Engine = TensorParallelEngine(folder, settings, context, Path(log_file))
+            else:
+                self._engine = make_engine(folder, settings.engine, context, settings.run.seed)
+            self._check_folder(folder, source.folder)
         self._busy = metrics.busy_actor(metrics.own_name())
 
     def ready(self) -> str:
@@ -58,10 +60,11 @@ class _Rollout:
         with self._busy.work():
             return Batch(self._engine.decode(requests, decoding), self._version)
 
-    def load_weights(self, folder: str, version: str) -> None:
-        self._engine.load_weights(Path(folder))
-        self._check_folder(folder)
-        self._version = version
+    def load_weights(self, source: Source) -> None:
+        with source.opened() as folder:
+            self._engine.load_weights(folder)
+            self._check_folder(folder, source.folder)
+        self._version = source.version
 
     def set_weights(self, weights: Weights, version: str) -> None:
         self._engine.set_weights(weights.tensors())
@@ -89,12 +92,12 @@ class _Rollout:
             if self._probe is not None:
                 self._check(self._probe, f"{self._version}, behind its sleep")
 
-    def _check_folder(self, folder: str) -> None:
+    def _check_folder(self, folder: Path, name: str) -> None:
         if self._engine.kind in MODELLESS:
             return
         from actors.weights import probe_of_folder
 
-        self._check(probe_of_folder(Path(folder)), folder)
+        self._check(probe_of_folder(folder), name)
 
     def _check(self, probe: Probe, what: str) -> None:
         from actors.weights import check_weights

@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 
 from actors import metrics
 from actors.checks import HeldOut
-from actors.cluster import ClusterError, LearnerDied, Restarts, actor_options, one_line, ray_session
+from actors.cluster import ClusterError, LearnerDied, Restarts, actor_options, on_this_node, one_line, ray_session
 from actors.dpo import DpoActor, PairSet, Record
 from actors.engines import EngineKind, engine_kind
 from actors.grpo import GrpoActor, Report
@@ -37,6 +37,7 @@ from pipeline.config import Settings, TrainSettings
 from pipeline.dpo_config import DpoSettings
 from pipeline.engine_config import EngineSettings
 from pipeline.grpo_config import GrpoSettings
+from pipeline.store.synced import is_url
 
 T = TypeVar("T")
 
@@ -53,6 +54,7 @@ class Workers:
         metrics.begin(metrics.Labels(settings.run.name))
         self.restarts = Restarts(settings.cluster.restarts, say)
         self._ray: ExitStack | None = None
+        self._apart = False  # see Session
         self._pool: RolloutPool | None = None
         self._learner: Any = None
         self._group: Any = None
@@ -67,18 +69,26 @@ class Workers:
     def start(self) -> None:
         if self._ray is None:
             stack = ExitStack()
-            url = stack.enter_context(ray_session(self._settings.cluster, self._log_dir, self._say))
-            self._ray = stack
-            self._say(f"Ray is up: {ray.cluster_resources().get('CPU', 0):g} CPUs" + (f", dashboard http://{url}" if url else ""))
+            settings = self._settings
+            found = stack.enter_context(ray_session(settings.cluster, self._log_dir, self._say, is_url(settings.run.root)))
+            self._ray, self._apart = stack, found.apart
+            dashboard = f", dashboard http://{found.dashboard}" if found.dashboard else ""
+            self._say(f"Ray is up: {ray.cluster_resources().get('CPU', 0):g} CPUs{dashboard}")
 
     def pool(self, folder: Path, version: str, context: int, kind: EngineKind | None = None) -> RolloutPool:
         """The rollout pool with the weights of `folder` in every engine.
 
         Args:
             kind: of the engines; None is that of the settings. Where another kind runs, it makes room.
+
+        Raises:
+            ClusterError: Ray, its nodes or the actors cannot do what is asked for.
         """
+        processes, wanted = self._settings.cluster.tensor_parallel, kind
+        kind = engine_kind(wanted or self._settings.engine.kind)
+        if processes > 1 and kind != "vllm" and wanted is None:
+            raise ClusterError(f"cluster.tensor_parallel is {processes}, which needs vLLM, and vllm is not installed")
         self.start()
-        kind = engine_kind(kind or self._settings.engine.kind)
         if self._pool is not None and self._pool.kind != kind:
             self._pool.close()
             self._pool = None
@@ -88,7 +98,9 @@ class Workers:
             if kind != "vllm":
                 changed["cluster"] = settings.cluster.model_copy(update={"tensor_parallel": 1})
             settings = settings.model_copy(update=changed)
-            self._pool = RolloutPool(settings, folder.resolve(), version, context, self._log_dir, self._say, self.restarts)
+            self._pool = RolloutPool(
+                settings, folder.resolve(), version, context, self._log_dir, self._say, self.restarts, self._apart
+            )
             missing = kind == "hf" and self._settings.engine.kind == "auto" and engine_kind("auto") == "hf"
             self._say(f"engine: {self._pool.kind}" + (" (vLLM is not installed)" if missing else ""))
         self._pool.use(folder.resolve(), version)
@@ -163,7 +175,7 @@ class Workers:
         def once() -> None:
             nonlocal told
             self._leave_gpus()
-            options = actor_options(self._settings.cluster.learner, f"dpo-{next(_NUMBERS)}", 1)
+            options = self._learner_options("dpo")
             actor = DpoActor.options(**options).remote(str(self._log_dir / "dpo.log"))
             result = actor.fit.remote(*folders, data, settings, policy, seed, str(resume.resolve()))
             try:
@@ -185,7 +197,7 @@ class Workers:
         self.start()
         self._stop_learner()
         cluster = self._settings.cluster
-        options = actor_options(cluster.learner, f"grpo-{next(_NUMBERS)}", 1)
+        options = self._learner_options("grpo")
         actor = GrpoActor.options(**options).remote(str(folder.resolve()), settings, policy, seed, str(self._log_dir / "grpo.log"))
         return GrpoLearner(actor, cluster.start_timeout, self._settings.engine, self._leave_gpus)
 
@@ -239,6 +251,11 @@ class Workers:
             found += done
         return found
 
+    def _learner_options(self, name: str) -> dict[str, Any]:
+        """Ray options of an actor that reads and writes folders of the run."""
+        options = actor_options(self._settings.cluster.learner, f"{name}-{next(_NUMBERS)}", 1)
+        return on_this_node(options) if self._apart else options
+
     def _leave_gpus(self) -> None:
         if self._pool is not None:
             self._pool.sleep()
@@ -258,7 +275,7 @@ class Workers:
     def _ready_learner(self) -> Any:
         self.start()
         if self._learner is None:
-            options = actor_options(self._settings.cluster.learner, f"learner-{next(_NUMBERS)}", 1)
+            options = self._learner_options("learner")
             self._learner = LearnerActor.options(**options).remote(str(self._log_dir / "learner.log"))
             try:
                 ray.get(self._learner.progress.remote(), timeout=self._settings.cluster.start_timeout)

@@ -46,7 +46,7 @@ KINDS = {
 are killed; and how many seconds one lives like that until it is, on average."""
 WAITED_FOR = ("search", "learner")
 """Nothing goes on until these are started again."""
-QUOTAS = {"rollout": 6, "search": 5, "judge": 4, "learner": 5}
+QUOTAS = {"rollout": 8, "search": 5, "judge": 6, "learner": 6}
 DRIVER_KILLS, WORKERS, BATCH = 10, 2, 16
 SETTINGS = (
     *("run.rounds=2", "cluster.restarts=100", "cluster.learner.threads=1", "cluster.rollout.cpus=0.5", "cluster.judge.cpus=0.25"),
@@ -97,25 +97,25 @@ def main() -> int:
 
 
 def kill_actors(folder: Path, chance: random.Random, quick: bool) -> dict[str, Any]:
-    calm = undisturbed(folder / "calm", scripted(folder))
+    calm = undisturbed(folder / "calm", at_length(folder))
     quotas = {kind: max(1, count // 3) for kind, count in QUOTAS.items()} if quick else QUOTAS
-    torn = among_kills(folder / "actors", scripted(folder), quotas, chance)
+    torn = among_kills(folder / "actors", at_length(folder), quotas, chance)
     return _figures(calm, torn) | {"equal": outputs(run_in(folder / "actors")) == outputs(run_in(folder / "calm"))}
 
 
 def kill_driver(folder: Path, chance: random.Random, quick: bool) -> dict[str, Any]:
-    calm = undisturbed(folder / "calm", scripted(folder))
+    calm = undisturbed(folder / "calm", at_length(folder))
     dying = moments(folder / "calm", DRIVER_KILLS // (3 if quick else 1), chance)
-    torn = among_deaths(folder / "driver", scripted(folder), dying, rollout_seeds(folder / "calm"))
+    torn = among_deaths(folder / "driver", at_length(folder), dying, rollout_seeds(folder / "calm"))
     equal = outputs(run_in(folder / "driver")) == outputs(run_in(folder / "calm"))
     return _figures(calm, torn) | {"equal": equal, "batches_again": max(torn.again) / (WORKERS * BATCH)}
 
 
 def kill_and_move(folder: Path, chance: random.Random, quick: bool) -> dict[str, Any]:
     """Of a run at a URL; what goes on with it has another cache, which is empty."""
-    undisturbed(folder / "calm", scripted(folder))
+    undisturbed(folder / "calm", at_length(folder))
     (dying,) = moments(folder / "calm", 1, chance)
-    there = moved(folder / "store", scripted(folder), dying)
+    there = moved(folder / "store", at_length(folder), dying)
     return {"equal": outputs(there) == outputs(run_in(folder / "calm"))}
 
 
@@ -143,6 +143,11 @@ def _figures(calm: Ended, torn: Ended) -> dict[str, Any]:
 def scripted(folder: Path) -> tuple[str, ...]:
     """The engine writes the solutions of the undisturbed run's problems, which are those of all runs."""
     return ("engine.kind=scripted", f"engine.script={folder}/calm/smoke/0/problems")
+
+
+def at_length(folder: Path) -> tuple[str, ...]:
+    """With as much search that its workers can be met at work."""
+    return (*scripted(folder), "search.problems=64")
 
 
 def undisturbed(folder: Path, settings: Sequence[str]) -> Ended:

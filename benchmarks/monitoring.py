@@ -64,7 +64,9 @@ def measure(scratch: Path, prompts: int, repeats: int) -> tuple[list[float], lis
     asked = [Request(tuple(rng.randrange(5, 260) for _ in range(PROMPT_TOKENS)), i) for i in range(prompts)]
     sampling = Sampling(1.0, 1.0, MAX_TOKENS, 0, (0,), logprobs=True)
     record = {f"figure_{i}": i / 7 for i in range(40)} | {"components": {name: {"mean": 0.5, "sd": 0.1} for name in "abcde"}}
-    settings = Settings.model_validate({"engine": {"kind": "hf", "max_num_seqs": 64}, "run": {"name": "measured"}})
+    engine = {"kind": "hf", "max_num_seqs": 64}
+    one_thread = {"rollout": {"threads": 1}}  # threads that wait for each other spin, now more and now less
+    settings = Settings.model_validate({"engine": engine, "cluster": one_thread, "run": {"name": "measured"}})
     found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     tokens = 0
     with Workers(settings, scratch / "logs", lambda line: None) as workers:
@@ -94,9 +96,11 @@ def measure(scratch: Path, prompts: int, repeats: int) -> tuple[list[float], lis
 
 
 def actors() -> list[Any]:
+    import ray
     from ray.util.state import list_actors
 
-    return list_actors(filters=[("state", "=", "ALIVE")], detail=True)
+    own = ray.get_runtime_context().gcs_address  # another Ray may live on this machine
+    return list_actors(own, filters=[("state", "=", "ALIVE")], detail=True)
 
 
 def busy_cost() -> float:

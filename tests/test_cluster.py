@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from pipeline.config import UndoSettings
 from pipeline.stages.io import Codec, read_problems
 from pipeline.stages.rollouts import row_seed
 from pipeline.store import Store
+from pipeline.store.remote import Remote
+from pipeline.store.url import UrlStore
 
 pytestmark = pytest.mark.ray
 
@@ -186,6 +189,53 @@ def test_the_death_of_a_node_with_its_actors(cluster: Cluster, tmp_path: Path) -
     assert [tuple(ids) for ids in rows["token_ids"]] == [one.token_ids for one in made] and len(set(rows["id"])) == 64 * 32
     judged = judge_rows([(problems[row["problem"]], codec.decode(row["token_ids"]).text) for row in rows])
     assert load_from_disk(folder / "1" / "judge")["correct"] == [one.verdict.correct for one in judged]
+
+
+@contextmanager
+def blind_node(cluster: Cluster, hidden: Path, cpus: int) -> Iterator[None]:
+    """A third node, for which nothing is in this folder: it has a file system of its own there."""
+    command = f"mount -t tmpfs none {hidden} && exec {sys.executable} -m ray.scripts.scripts start --address {cluster.address} "
+    command += f"--num-cpus {cpus} --node-ip-address 127.0.0.2 --node-name blind --block --disable-usage-stats"
+    with subprocess.Popen(["unshare", "-m", "bash", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as node:
+        try:
+            ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+            until = time.monotonic() + 60
+            while not any(one["Alive"] and one["NodeName"] == "blind" for one in ray.nodes()):
+                assert node.poll() is None and time.monotonic() < until, "the node does not start"
+                time.sleep(0.2)
+            ray.shutdown()
+            yield
+        finally:
+            ray.shutdown()
+            children = psutil.Process(node.pid).children(recursive=True)
+            for one in (*children, psutil.Process(node.pid)):
+                one.kill()
+
+
+def can_hide() -> bool:
+    """Whether this process may give another one a view of the disk of its own."""
+    hide = ["unshare", "-m", "bash", "-c", "mount -t tmpfs none /mnt"]
+    return shutil.which("unshare") is not None and subprocess.run(hide, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_hide(), reason="needs the right to mount (unshare -m): a node that does not see the run's disk")
+def test_a_node_that_does_not_see_the_disk_of_a_run_at_a_url(cluster: Cluster, tmp_path: Path) -> None:
+    """Its engine has the model through Ray; the learner, which writes, stays with the driver."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    small = ["base.train.steps=2", "base.train.check_every=2", "engine.kind=hf", "rollouts.batch=32", "rollouts.max_tokens=16"]
+    parts = ["cluster.rollout.cpus=1.5", "cluster.learner.cpus=0.25", "cluster.judge.cpus=0.25"]  # only there is room for it
+    with blind_node(cluster, tmp_path, 2):
+        plain = error_of(run(cluster, tmp_path, "--until", "rollouts", *parts, *small))
+        assert (
+            f"node blind cannot see {tmp_path}/smoke/logs: run.root must lie on a disk that all nodes share, or be a URL" in plain
+        )
+        url = [f"run.root=file://{tmp_path}/there", f"run.cache={cache}"]
+        done = run(cluster, tmp_path, "--until", "rollouts", *parts, *small, *url)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "some nodes do not see the run's folder" in done.stdout
+    there = UrlStore(Remote(f"file://{tmp_path}/there/smoke"))
+    assert there.manifest(1, "rollouts").counts["rows"] == 128  # type: ignore[union-attr]
 
 
 def test_without_an_address_a_run_has_a_ray_of_its_own(cluster: Cluster, tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from actors import nodes
 from actors.nodes import LEAST_FREE, Facts, code_digest, differences
-from actors.placement import Node, asks_of, bundles_of, missing, taken
+from actors.placement import ClusterError, Node, asks_of, bundles_of, missing, taken
 from pipeline.cluster_config import ClusterSettings
 
 
@@ -81,7 +85,7 @@ HERE = Facts({"Python": "3.11.9", "torch": "2.13.0", "retract's code": "abc"}, L
 
 
 def test_like_nodes_pass() -> None:
-    assert differences(HERE, [("a", HERE), ("b", HERE)], "/runs") is None
+    assert differences(HERE, [("a", HERE), ("b", HERE)], Path("/runs")) is None
 
 
 def test_another_version_is_named_with_its_node() -> None:
@@ -95,12 +99,45 @@ def test_another_version_is_named_with_its_node() -> None:
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"sees": False}, "node b cannot see /runs: run.root must lie on a disk that all nodes share"),
+        ({"sees": False}, "node b cannot see /runs: run.root must lie on a disk that all nodes share, or be a URL"),
         ({"free": 7}, f"the disk of node b is full: 7 bytes are free for Ray's session, {LEAST_FREE:,} are needed"),
     ],
 )
 def test_a_node_with_a_disk_of_its_own_or_a_full_one(change: dict[str, object], said: str) -> None:
-    assert differences(HERE, [("a", HERE), ("b", replace(HERE, **change))], "/runs") == said  # type: ignore[arg-type]
+    assert differences(HERE, [("a", HERE), ("b", replace(HERE, **change))], Path("/runs")) == said  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, None),
+        (
+            {"learner_workers": 2},
+            "cluster.learner_workers is 2, which needs run.cache on a disk that all nodes see: without one the",
+        ),
+        (
+            {"learner": {"gpus": 1}},
+            "the learner (cluster.learner) needs 1 GPUs on the driver's node here, which has 0, since other",
+        ),
+    ],
+)
+def test_a_learner_that_has_to_stay_with_the_driver(
+    settings: dict[str, object], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other node has what it needs, but not the run's disk."""
+    two = [
+        {"NodeID": name, "NodeName": name, "Resources": has} for name, has in (("here", {"CPU": 1}), ("far", {"CPU": 9, "GPU": 8}))
+    ]
+    monkeypatch.setattr(nodes, "ray", SimpleNamespace(nodes=lambda: two, get_runtime_context=lambda: Here))
+    if said is None:
+        nodes.check_learner_here(asked(**settings))
+    else:
+        with pytest.raises(ClusterError, match="^" + re.escape(said)):
+            nodes.check_learner_here(asked(**settings))
+
+
+class Here:
+    get_node_id = staticmethod(lambda: "here")
 
 
 def test_the_code_digest_is_that_of_the_text(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.cluster import ClusterError
 from actors.decode import HfDecoder
+from actors.parcel import Source
 from actors.parts import Quarantine, Quarantined, TooManyQuarantined, all_there
 from actors.policy import Policy, Sampled
 from actors.rollout import RolloutPool
@@ -275,7 +276,7 @@ def test_one_that_finds_no_place_is_not_waited_for(
     """Its node is gone, and no other has room for it."""
     how = decoding_of(folders["one"])[1]
     nowhere: Any = RolloutActor.options(num_cpus=1000)
-    monkeypatch.setattr(pool, "_start", lambda: nowhere.remote(str(folders["one"]), "one", SETTINGS, ROW_TOKENS, "never.log"))
+    monkeypatch.setattr(pool, "_start", lambda: nowhere.remote(Source("", "one"), SETTINGS, ROW_TOKENS, "never.log"))
     ray.kill(pool._actors[0])
     shared = pool.shared()
     assert ids(pool.decode(REQUESTS, how, 4)[0]) == ids(expected(folders["one"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 from collections.abc import Iterator
@@ -15,13 +16,14 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
+from actors.cluster import ClusterError
 from actors.decode import HfDecoder
 from actors.engines import HfEngine, Request, Sampling
 from actors.rollout import RolloutPool
 from actors.weights import Weights
 from actors.workers import Workers
 from pipeline.backtrack.cursor import DecodeRequest, Decoding
-from pipeline.config import Settings, SftSettings, UndoSettings
+from pipeline.config import EngineSettings, Settings, SftSettings, UndoSettings
 from pipeline.stages.io import Codec
 from tests.actors.trained import thirty_traces
 from tests.pipeline.saved import save_problems_and_models
@@ -87,6 +89,13 @@ def agrees_with(pool: RolloutPool, folder: Path) -> None:
     wanted = HfDecoder.from_folder(folder, ROWS, CONTEXT).decode(TO_DECODE, decoding(folder))
     assert [(one.ids, one.surviving) for one in undone] == [(one.ids, one.surviving) for one in wanted]
     assert any(one.undos for one in undone)
+
+
+def test_without_vllm_it_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    auto = SETTINGS.model_copy(update={"engine": EngineSettings()})
+    with pytest.raises(ClusterError, match=r"^cluster.tensor_parallel is 2, which needs vLLM, and vllm is not installed$"):
+        Workers(auto, tmp_path, print).pool(tmp_path, "v", CONTEXT)
 
 
 def test_two_processes_give_what_one_model_gives(started: Started, folders: dict[str, Path]) -> None:
