@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
-_WIDTH = 16
-_EMPTY = bytes(_WIDTH)
-
 
 class Seen:
-    """A set of texts that does not hold them: 24 to 48 bytes for each, however long they are.
-
-    It keeps digests of 128 bits, so that no two texts are taken for one, in a table with open addressing.
+    """A set of texts that does not hold them but digests of 128 bits, so that no two are taken for one: about 100 bytes each.
 
     Example:
         seen = Seen()
@@ -19,43 +14,20 @@ class Seen:
     """
 
     def __init__(self) -> None:
-        self._table, self._slots, self._count = bytearray(8 * _WIDTH), 8, 0
+        self._digests: set[bytes] = set()
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._digests)
 
     def __contains__(self, text: str) -> bool:
-        return self._find(_digest(text))[1]
+        return _digest(text) in self._digests
 
     def add(self, text: str) -> bool:
         """Whether it is new."""
-        key = _digest(text)
-        at, known = self._find(key)
-        if known:
-            return False
-        self._table[at : at + _WIDTH] = key
-        self._count += 1
-        if 3 * self._count > 2 * self._slots:
-            self._grow()
-        return True
-
-    def _find(self, key: bytes) -> tuple[int, bool]:
-        """The place of a key in the table, or that where it belongs; whether it is there."""
-        slot = int.from_bytes(key[:8], "little") % self._slots
-        while (there := self._table[slot * _WIDTH : (slot + 1) * _WIDTH]) != _EMPTY:
-            if there == key:
-                return slot * _WIDTH, True
-            slot = (slot + 1) % self._slots
-        return slot * _WIDTH, False
-
-    def _grow(self) -> None:
-        old, self._slots = self._table, 2 * self._slots
-        self._table = bytearray(self._slots * _WIDTH)
-        for at in range(0, len(old), _WIDTH):
-            if (key := bytes(old[at : at + _WIDTH])) != _EMPTY:
-                place, _ = self._find(key)
-                self._table[place : place + _WIDTH] = key
+        before = len(self._digests)
+        self._digests.add(_digest(text))
+        return len(self._digests) > before
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=_WIDTH).digest()
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
