@@ -37,10 +37,10 @@ class Colours:
 
 
 # Of the page, and of pictures that stand alone.
-LIGHT = Colours("#1d2126", "#d9dde2", "#ffffff", ("#1f5fa8", "#a85a12", "#2c7a4b", "#8a3f97"))
-DARK = Colours("#e4e7ea", "#353b42", "#15181c", ("#7db4f0", "#e8a560", "#7fcf9c", "#d09be0"))
+LIGHT = Colours("#1d2126", "#d9dde2", "#ffffff", ("#1f5fa8", "#a85a12", "#2c7a4b", "#8a3f97", "#b3343f"))
+DARK = Colours("#e4e7ea", "#353b42", "#15181c", ("#7db4f0", "#e8a560", "#7fcf9c", "#d09be0", "#f08f97"))
 # Stand in an SVG until the page's own take their place, so that it follows light and dark.
-_LATER = Colours("#010203", "#040506", "#131415", ("#070809", "#0a0b0c", "#0d0e0f", "#101112"))
+_LATER = Colours("#010203", "#040506", "#131415", ("#070809", "#0a0b0c", "#0d0e0f", "#101112", "#161718"))
 
 
 @dataclass(frozen=True)
