@@ -36,6 +36,9 @@ QUARANTINE = "quarantine.jsonl"
 """Rows that failed every time, with tracebacks, in the run's logs."""
 _LOOK_SECONDS = 1.0  # between two looks for actors that hang
 _BATCHES_IN_FLIGHT = 2  # for each actor: one in work, one waiting, so that the engine never idles and memory stays flat
+# A batch that takes less is not worth having another one behind it: both would be made before the driver has fetched the first, and
+# a driver that is killed loses what it has not fetched.
+_WORTH_WAITING_SECONDS = 0.5
 
 
 def _silent(rows: int, tokens: int) -> None: ...
@@ -215,9 +218,9 @@ class RolloutPool:
         """Batches of results as they come, each with the place of its first row among the requests; every place comes once.
 
         Requests are taken one batch after the other, when an actor has room for them, so that there may be any number of them:
-        two batches an actor are under way, those that wait to be taken from here included. Rows have seeds of their own, so what
-        a dead actor had in work another one does again, with the same outcome. A batch that fails again and again is cut until
-        the row that is to blame is alone; that one has a Quarantined in its place at last.
+        two batches an actor are under way, those that wait to be taken from here included; one, where it is done in no time.
+        Rows have seeds of their own, so what a dead actor had in work another one does again, with the same outcome. A batch that
+        fails again and again is cut until the row that is to blame is alone; that one has a Quarantined in its place at last.
 
         Args:
             how: Sampling for `generate`, Decoding for `decode`.
@@ -232,12 +235,16 @@ class RolloutPool:
         running: dict[Any, _Asked] = {}
         busy: Counter[Any] = Counter()  # batches that an actor has
         due: dict[Any, float] = {}  # actor -> when it has to have answered
+        began: dict[Any, float] = {}  # actor -> when it could begin with what it has in work
+        took: dict[Any, float] = {}  # actor -> seconds of its last batch
         numbers, limit = itertools.count(), cluster.batch_timeout
 
         def feed(actors: list[Any]) -> None:
             for actor in actors * _BATCHES_IN_FLIGHT:
-                if busy[actor] < _BATCHES_IN_FLIGHT and (part := parts.next()):
+                most = _BATCHES_IN_FLIGHT if took.get(actor, 0.0) >= _WORTH_WAITING_SECONDS else 1
+                if busy[actor] < most and (part := parts.next()):
                     if not busy[actor]:
+                        began[actor] = time.monotonic()
                         due[actor] = time.monotonic() + limit + (0 if actor in self._heard else self._timeout)  # to start first
                     task = getattr(actor, method).options(name=metrics.task(method))
                     running[task.remote(part.rows, how)] = _Asked(next(numbers), part, actor)
@@ -288,7 +295,8 @@ class RolloutPool:
                         f"a rollout actor answered {len(result.done)} rows of weights {result.version[:12]}; "
                         f"asked were {len(asked.part.rows)} rows of {self._version[:12]}"
                     )
-                due[asked.actor] = time.monotonic() + limit
+                now = time.monotonic()
+                took[asked.actor], began[asked.actor], due[asked.actor] = now - began[asked.actor], now, now + limit
                 self._heard.add(asked.actor)
                 feed([asked.actor])
                 metrics.count("tokens", sum(map(emitted, result.done)), method=method)

@@ -118,6 +118,12 @@ def pool_of(actors: int, folder: Path, restarts: int = 10_000, most: int = 99) -
     return pool
 
 
+@pytest.fixture(autouse=True)
+def always_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches under way, though those of this file take no time."""
+    monkeypatch.setattr(rollout, "_WORTH_WAITING_SECONDS", 0.0)
+
+
 PLACES = st.sets(st.integers(0, 39), max_size=2)
 
 
@@ -166,7 +172,12 @@ def test_the_last_actor_to_die_ends_it(tmp_path: Path, monkeypatch: pytest.Monke
         list(pool_of(2, tmp_path, restarts=0).stream("decode", iter(range(9)), None, 1))
 
 
-def test_no_more_is_under_way_than_two_batches_an_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("seconds", "most"), [(0.0, 2), (60.0, 1)], ids=["slow", "fast"])
+def test_no_more_is_under_way_than_two_batches_an_actor(
+    seconds: float, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Than one of an actor that is done with it in less than these seconds."""
+    monkeypatch.setattr(rollout, "_WORTH_WAITING_SECONDS", seconds)
     monkeypatch.setattr(rollout, "ray", FakeRay(random.Random(0), 0.0, set(), set()))
     taken: Counter[str] = Counter()
 
@@ -176,5 +187,5 @@ def test_no_more_is_under_way_than_two_batches_an_actor(tmp_path: Path, monkeypa
             yield row
 
     for got, _ in enumerate(pool_of(3, tmp_path).stream("decode", source(), None, 5), start=1):
-        assert taken["rows"] <= 5 * (got + 2 * 3)
+        assert taken["rows"] <= 5 * (got + most * 3)
     assert taken["rows"] == 10**4
