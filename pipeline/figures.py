@@ -144,6 +144,25 @@ def _drawing(plots: Sequence[Plot], size: tuple[float, float], colours: Colours)
     return drawing
 
 
+def _free_corner(axes: Any, drawn: Sequence[Line]) -> str:
+    """For the legend of single points: matplotlib's own `best` does not see their bars."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    width, height = 0.7, 0.08 * len(drawn) + 0.05  # of the axes, as a legend is about as large
+
+    def free(corner: str) -> bool:
+        for line in drawn:
+            (x, y), bar = line.points[0], line.band[0][1:] if line.band else ()
+            across = (x - left) / (right - left)
+            bottom, top = ((value - low) / (high - low) for value in (min([y, *bar]), max([y, *bar])))
+            beside = across < 1 - width if "right" in corner else across > width
+            if not (beside or (top < 1 - height if "upper" in corner else bottom > height)):
+                return False
+        return True
+
+    corners = ("lower right", "upper right", "upper left", "lower left")
+    return next((corner for corner in corners if free(corner)), corners[0])
+
+
 def _draw(axes: Any, plot: Plot, colours: Colours) -> None:
     lines = [Line(line.name, _drawn(line.points), _drawn(line.band)) for line in plot.lines]
     drawn = [line for line in lines if line.points]
@@ -179,6 +198,5 @@ def _draw(axes: Any, plot: Plot, colours: Colours) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(length=0)
     if len(drawn) > 1 or plot.kept_step is not None:
-        single = all(len(line.points) == 1 for line in drawn)  # their bars are not seen by `best`
-        below = single and max(line.points[0][1] for line in drawn) < sum(axes.get_ylim()) / 2
-        axes.legend(frameon=False, loc="upper right" if below else "lower right" if single else "best")
+        single = all(len(line.points) == 1 for line in drawn)
+        axes.legend(frameon=False, loc=_free_corner(axes, drawn) if single else "best")
