@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import metrics
-from actors.cluster import environment
+from actors.cluster import environment, on_this_node
 from actors.engines import Completion, Request, Sampling, VllmEngine
 from pipeline.backtrack.cursor import Decoded, DecodeRequest, Decoding
 from pipeline.cluster_config import ActorResources
@@ -181,17 +181,16 @@ class _LeavingWith:
 
 def _options(resources: ActorResources, rank: int) -> dict[str, Any]:
     """Of another process: as large as this one, in the placement group's bundle of its rank; on this node where there is none."""
-    group = ray.util.get_current_placement_group()
-    here = ray.get_runtime_context().get_node_id()
-    return {
+    options = {
         "num_cpus": resources.cpus,
         "num_gpus": resources.gpus,
         "name": f"{metrics.own_name()}-{rank}",
         "runtime_env": {"env_vars": environment(int(os.environ["OMP_NUM_THREADS"]))},
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-        if group
-        else NodeAffinitySchedulingStrategy(here, soft=False),
     }
+    group = ray.util.get_current_placement_group()
+    if group is None:
+        return on_this_node(options)
+    return options | {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)}
 
 
 def _digest(drawn: Any) -> int:

@@ -84,11 +84,8 @@ def run(context: Context) -> None:
     chosen = [chosen[i] for i in fits]
     models = _models(context)
     rows: list[Evaluated] = []
-    told = {
-        model.name: sum(map(len, _told(asked, model, at, chosen).values()))
-        for at in (asked.temperature, *asked.also_at)
-        for model in models
-    }
+    times = (asked.temperature, *asked.also_at)
+    told = {model.name: sum(len(some) for at in times for some in _told(asked, model, at, chosen).values()) for model in models}
     with context.terminal.stage("evaluate", sum(told.values())) as progress, Kept(context.resume / "models.jsonl") as kept:
         for model in models:
             if model.name not in kept.found:  # a killed run may have left it behind

@@ -32,6 +32,7 @@ from pipeline.config import UndoSettings as Undo
 from pipeline.rollout_log import RolloutLog
 from pipeline.stages import evaluate
 from pipeline.stages.io import Codec
+from pipeline.stages.measured import silent
 from pipeline.stages.probes import spurious_undos
 from pipeline.stages.rollouts import row_seed
 from pipeline.stages.stage import Context
@@ -65,14 +66,19 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 class _Progress:
-    def advance(self, n: int = 1, note: str = "") -> None: ...
+    done = 0
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.done += n
+
     def update(self, done: int, note: str = "") -> None: ...
 
 
 class _Terminal:
     @contextmanager
-    def stage(self, *_: Any) -> Iterator[_Progress]:
-        yield _Progress()
+    def stage(self, name: str, total: int | None, *_: Any) -> Iterator[_Progress]:
+        yield (progress := _Progress())
+        assert name != "evaluate" or progress.done == total
 
     def warn(self, text: str) -> None: ...
     def info(self, text: str) -> None: ...
@@ -93,7 +99,10 @@ class LocalWorkers:
     def pool(self, folder: Path, version: str, context: int) -> Any:
         engine = HfEngine(AutoModelForCausalLM.from_pretrained(folder), 8)
 
-        def generate(requests: Sequence[Request], sampling: Sampling, *_: Any) -> tuple[list[Completion], str]:
+        def generate(
+            requests: Sequence[Request], sampling: Sampling, batch: int, on_rows: Callable[[int, int], None] = silent
+        ) -> tuple[list[Completion], str]:
+            on_rows(len(requests), 0)
             return engine.generate(requests, sampling), version
 
         return SimpleNamespace(generate=generate)
@@ -119,7 +128,8 @@ def evaluated(inputs: dict[str, Path], out: Path, settings: Settings, done: int 
             round=1,
             out=out,
             resume=out.parent / f"{out.name}-resume",
-            counts={}, rollouts=RolloutLog(None),
+            counts={},
+            rollouts=RolloutLog(None),
             inputs=inputs,
             digests={"model": "a", "sft": "b"},
             terminal=_Terminal(),
