@@ -68,8 +68,8 @@ class CountdownJudge(TaskJudge):
         return Verdict(correct, answer, steps, FirstError(line.index, *spans[0], error.kind, error.evidence), tuple(spans[1:]))
 
     def attempt(self, problem: Problem, solution: str, verdict: Verdict) -> Attempt | None:
-        """A wrong choice up to the last operation: nothing is left to choose there, which shows what it was worth. Other
-        errors show on their own line."""
+        """A wrong choice up to the last operation: nothing is left to choose there, which shows what it was worth, unless a
+        false result hides it; so results are recomputed. Other errors show on their own line."""
         error = verdict.error
         if error is None or error.kind == "rollouts":  # found by sampling, maybe elsewhere
             return super().attempt(problem, solution, verdict)
@@ -77,10 +77,12 @@ class CountdownJudge(TaskJudge):
         if verdict.correct or error.start >= error.end or not lines:
             return None
         wrong = lines[0]
-        tried = list(takewhile(lambda line: line.is_operation, lines)) if error.kind == "choice" else [wrong]
-        spans = [(line.start + one.start, line.start + one.end) for line in tried for one in line.errors]
-        marked = tuple((start - wrong.start, end - wrong.start) for start, end in spans)
-        return Attempt(wrong.index, wrong.start, "\n".join(line.text for line in tried), marked, True)
+        if error.kind == "choice":
+            text = "\n".join(_played(list(takewhile(lambda line: line.is_operation, lines))))
+            decision = (error.start - wrong.start, error.end - wrong.start)
+            return Attempt(wrong.index, wrong.start, text, (decision,), solution.startswith(text, wrong.start))
+        spans = tuple((one.start, one.end) for one in wrong.errors)
+        return Attempt(wrong.index, wrong.start, wrong.text, spans, True)
 
     def continuation(self, problem: Problem, done: str) -> str | None:
         """The gold solution where it begins like this, else the first way that the search finds, whole numbers first."""
@@ -101,6 +103,19 @@ class CountdownJudge(TaskJudge):
 
     def state_is_wrong(self, problem: Problem, text: str) -> bool:
         return any(line.errors for line in _read(problem, text))
+
+    def evidence_seen(self, problem: Problem, text: str) -> bool:
+        """A wrong choice shows where nothing is left to choose; all else, and what hides it, where it stands."""
+        lines = _read(problem, text)
+        wrong = next((line for line in lines if line.errors), None)
+        if wrong is None:
+            return True
+        begun = wrong is lines[-1] and any(_begins(wrong.text, *move) for move in _moves(wrong.left))
+        if wrong.errors[0].kind != "choice" and not begun:
+            return True
+        operations = [line for line in lines if line.is_operation]
+        hidden = any(error.kind in ("operand", "arithmetic") for line in operations for error in line.errors)
+        return hidden or len(operations) >= len(_core(problem)[0]) - 1 or lines[-1].text.startswith("####")
 
 
 # --- which numbers make what ------------------------------------------------------------------------------------------
@@ -174,6 +189,8 @@ class _Line:
     index: int
     start: int
     text: str
+    left: Numbers
+    """Before it, by what the solution itself says."""
     is_operation: bool
     errors: Sequence[_Error]
 
@@ -198,9 +215,34 @@ def _read(problem: Problem, text: str) -> list[_Line]:
         if errors and after:
             hopeful = reaches(after, target)
         sound = sound and not errors
-        lines.append(_Line(index, start, piece, _operation(piece) is not None, errors))
+        lines.append(_Line(index, start, piece, left, _operation(piece) is not None, errors))
         left, start = after, start + len(piece) + 1
     return lines
+
+
+def _played(lines: Sequence[_Line]) -> list[str]:
+    """The operations of lines with their true results and what is left then, up to the last one.
+
+    Where an operation needs a number that is there by a false result alone, it takes the nearest one that is left.
+    """
+    left, texts = lines[0].left, []
+    for line in lines:
+        operation = _operation(line.text)
+        if operation is None or len(left) < 2:
+            break
+        pair = list(_operands(operation)[:2])
+        rest, missing = _take(left, pair)
+        for which in missing:
+            pair[which] = min(rest, key=lambda one: abs(one - pair[which]))
+            rest.remove(pair[which])
+        sign, value = operation[2], combine(operation[2], *pair)
+        if value is None:  # divided by nothing
+            sign, value = "+", sum(pair, Fraction(0))
+        sound = not missing and line.left == left and all(error.kind == "choice" for error in line.errors)
+        left = _sorted(*rest, value)
+        first, second = (_writings(one)[-1] if at in missing else operation[(1, 3)[at]] for at, one in enumerate(pair))
+        texts.append(line.text if sound else f"<<{first}{sign}{second}={value}>>{value}, left {_show(left)}")
+    return texts
 
 
 def _check(line: str, left: Numbers, target: Fraction, hopeful: bool) -> tuple[list[_Error], Numbers | None]:

@@ -133,7 +133,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "judge",
-        3,
+        4,
         lambda round: (_PROBLEMS, _model(round), Input("rollouts", round, "rollouts")),
         _judge_settings,
     ),

@@ -268,7 +268,7 @@ def marked(solution: str) -> tuple[int, str, list[str]] | None:
     attempt = JUDGE.attempt(PROBLEM, solution, JUDGE.judge(PROBLEM, solution))
     if attempt is None:
         return None
-    assert attempt.own and solution.startswith(attempt.text, attempt.start)
+    assert attempt.own == solution.startswith(attempt.text, attempt.start)
     assert solution.count("\n", 0, attempt.start) == attempt.step
     return attempt.step, attempt.text, [attempt.text[start:end] for start, end in attempt.wrong]
 
@@ -284,15 +284,60 @@ def test_a_try_goes_from_the_choice_to_the_dead_end() -> None:
     assert marked(f"{ONE}\n{later}\n#### 7") == (1, later, ["10+7"])
 
 
-def test_later_errors_of_a_try_are_its_own_and_its_consequences_are_not() -> None:
+def test_what_follows_from_a_wrong_choice_is_made_right() -> None:
     # A false result that saves the choice; a number that is not there; a number that is lost on the way.
+    honest = f"{WRONG}\n<<8-3=5>>5, left 5 70\n<<70+5=75>>75, left 75"
     saved = f"{WRONG}\n<<8-3=2>>2, left 2 70\n<<70+2=72>>72, left 72"
-    assert marked(f"{saved}\n#### 72") == (0, saved, ["10*7", "2"])
+    assert marked(f"{saved}\n#### 72") == (0, honest, ["10*7"])
     assert [saved[start:end] for start, end in JUDGE.judge(PROBLEM, saved).later] == ["2"]
-    stray = f"{WRONG}\n<<9-3=6>>6, left 6 70\n<<70+6=76>>76, left 76"
-    assert marked(f"{stray}\n#### 76") == (0, stray, ["10*7", "9"])
+    assert marked(f"{WRONG}\n<<9-3=6>>6, left 6 70\n<<70+6=76>>76, left 76\n#### 76") == (0, honest, ["10*7"])
+    assert marked(f"{WRONG}\n<<8-3=5>>5, left 5 7\n<<7+5=12>>12, left 12") == (0, honest, ["10*7"])
+    false = "<<10*7=72>>72, left 3 8 72"
+    assert marked(f"{false}\n<<8-8=0>>0, left 0 72") == (0, f"{WRONG}\n<<8-3=5>>5, left 5 70", ["10*7"])
+    assert marked(f"{false}\n<<8/0=3>>3, left 3") == (0, f"{WRONG}\n<<8/3=8/3>>8/3, left 8/3 70", ["10*7"])
     lost = "<<8*3=25>>25, left 7 10 25\n<<25*10=250>>250, left 8 250\n<<250-8=242>>242, left 242"
     assert marked(f"{lost}\n#### 242") == (0, lost.splitlines()[0], ["25"])  # a false result shows on its own line
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(PROBLEMS), st.randoms(use_true_random=False))
+def test_the_try_of_a_lying_solution_is_a_wrong_choice_and_nothing_else_wrong(problem: Problem, draw: random.Random) -> None:
+    """Its results, operands and lists are as they come; the judge finds one error in what is made of it, without a later one."""
+    judge, (numbers, _) = judge_of(problem), json.loads(problem.params)["core"]
+    left, lines = list(numbers), []
+    while len(left) > 1:
+        a, b = (draw.choice(left) if draw.random() < 0.9 else draw.randint(1, 9) for _ in range(2))
+        sign = draw.choice("+-*/")
+        value = apply(sign, Fraction(a), Fraction(b))
+        result = value.numerator if value is not None and value >= 0 and draw.random() < 0.7 else draw.randint(0, 99)
+        left = [result, *left[2:]] if draw.random() < 0.7 else [draw.randint(1, 9), *left[2:]]
+        lines.append(f"<<{a}{sign}{b}={result}>>{result}, left {' '.join(map(str, left))}")
+    solution = "\n".join(lines)
+    verdict = judge.judge(problem, solution)
+    attempt = judge.attempt(problem, solution, verdict)
+    if verdict.error is None or verdict.error.kind != "choice":
+        return
+    assert attempt and attempt.start == solution.rfind("\n", 0, verdict.error.start) + 1
+    again = judge.judge(problem, solution[: attempt.start] + attempt.text)
+    assert again.error and (again.error.kind, again.error.start, again.later) == ("choice", verdict.error.start, ())
+    assert attempt.wrong == ((again.error.start - attempt.start, again.error.end - attempt.start),)
+    assert judge.evidence_seen(problem, solution[: attempt.start] + attempt.text) == (
+        attempt.step + attempt.text.count("\n") == len(numbers) - 2
+    )
+
+
+def test_the_evidence_of_a_wrong_choice_is_what_it_comes_to() -> None:
+    tried = f"{WRONG}\n<<8-3=5>>5, left 5 70\n<<70+5=75>>75, left 75"
+    shown = tried.index("=75>>") + len("=75>>")
+    for end in range(1, len(tried) + 1):
+        if JUDGE.state_is_wrong(PROBLEM, tried[:end]):
+            assert JUDGE.evidence_seen(PROBLEM, tried[:end]) == (end >= shown), tried[:end]
+        else:
+            assert end < tried.index("=70")
+    for hidden in ("8-3=2", "9-3=6"):
+        assert JUDGE.evidence_seen(PROBLEM, f"{WRONG}\n<<{hidden}>>")
+    assert JUDGE.evidence_seen(PROBLEM, f"{WRONG}\n#### 72")
+    assert JUDGE.evidence_seen(PROBLEM, "<<8*3=25>>") and JUDGE.evidence_seen(PROBLEM, "<<9*3=")
 
 
 def test_a_wrong_choice_after_a_false_result_is_an_error_of_its_own() -> None:
@@ -424,7 +469,7 @@ def test_no_text_raises_and_spans_are_in_it(text: str, before: str) -> None:
     if verdict.error:
         assert 0 <= verdict.error.start <= verdict.error.end <= len(solution)
     if attempt:
-        assert solution.startswith(attempt.text, attempt.start) and attempt.wrong
+        assert attempt.own == solution.startswith(attempt.text, attempt.start) and attempt.wrong
         assert all(0 <= start < end <= len(attempt.text) for start, end in attempt.wrong)
 
 
