@@ -16,7 +16,10 @@ def usage(settings: Settings) -> str:
     undo, asked = settings.undo, settings.evaluate
     found = {"undo_token": undo.token, "unit": undo.unit, "prompt": settings.base.prompt, "temperature": asked.temperature}
     found |= {"mode": asked.modes[0], "top_p": asked.top_p, "max_tokens": asked.max_tokens}
-    return json.dumps(found | settings.decode.model_dump(), indent=1) + "\n"
+    found |= settings.decode.model_dump()
+    if asked.modes[0] == "soft":  # measured by an ordinary engine, to which the undo token is a token like any other
+        found |= {"threshold": None, "undo_bias": 0.0, "ban_tried": False}
+    return json.dumps(found, indent=1) + "\n"
 
 
 def model_card(settings: Settings, metrics: Mapping[str, Any], model: str) -> str:

@@ -63,9 +63,29 @@ def said() -> list[str]:
 
 @pytest.fixture
 def pool(workers: Workers, folders: dict[str, Path], tmp_path: Path, said: list[str]) -> Iterator[RolloutPool]:
+    """A pool whose actors may die."""
     started = RolloutPool(SETTINGS, folders["one"], "one", ROW_TOKENS, tmp_path, said.append)
     yield started
     started.close()
+
+
+@pytest.fixture(scope="module")
+def started(
+    workers: Workers, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[RolloutPool, list[str]]]:
+    said: list[str] = []
+    pool = RolloutPool(SETTINGS, folders["one"], "one", ROW_TOKENS, tmp_path_factory.mktemp("calm"), said.append)
+    yield pool, said
+    pool.close()
+
+
+@pytest.fixture
+def calm(started: tuple[RolloutPool, list[str]], folders: dict[str, Path]) -> Iterator[RolloutPool]:
+    """The pool of those tests in which no actor dies: starting it anew for each of them takes most of their time."""
+    pool, said = started
+    pool.use(folders["one"], "one")
+    yield pool
+    assert said == []
 
 
 def decoding_of(folder: Path) -> tuple[Codec, Decoding]:
@@ -84,26 +104,26 @@ def ids(found: list[Decoded]) -> list[tuple[int, ...]]:
     return [one.ids for one in found]
 
 
-def test_a_batch_is_spread_and_comes_back_in_order(pool: RolloutPool, folders: dict[str, Path]) -> None:
+def test_a_batch_is_spread_and_comes_back_in_order(calm: RolloutPool, folders: dict[str, Path]) -> None:
     seen: list[tuple[int, int]] = []
-    found, version = pool.decode(REQUESTS, decoding_of(folders["one"])[1], 5, lambda rows, tokens: seen.append((rows, tokens)))
+    found, version = calm.decode(REQUESTS, decoding_of(folders["one"])[1], 5, lambda rows, tokens: seen.append((rows, tokens)))
     assert (ids(found), version) == (ids(expected(folders["one"])), "one")
     assert sum(rows for rows, _ in seen) == 24 and sum(tokens for _, tokens in seen) == sum(len(one.ids) for one in found)
 
 
-def test_published_weights_are_those_that_decode(pool: RolloutPool, folders: dict[str, Path]) -> None:
+def test_published_weights_are_those_that_decode(calm: RolloutPool, folders: dict[str, Path]) -> None:
     how = decoding_of(folders["one"])[1]
     model = AutoModelForCausalLM.from_pretrained(folders["two"])
-    pool.publish(ray.put(Weights.of(model, "float32")), "two")
-    found, version = pool.decode(REQUESTS, how, 8)
+    calm.publish(ray.put(Weights.of(model, "float32")), "two")
+    found, version = calm.decode(REQUESTS, how, 8)
     assert (ids(found), version) == (ids(expected(folders["two"])), "two")
     assert ids(found) != ids(expected(folders["one"]))
 
 
-def test_weights_that_are_not_what_their_probe_says_are_refused(pool: RolloutPool, folders: dict[str, Path]) -> None:
+def test_weights_that_are_not_what_their_probe_says_are_refused(calm: RolloutPool, folders: dict[str, Path]) -> None:
     one, two = (Weights.of(AutoModelForCausalLM.from_pretrained(folders[name]), "float32") for name in ("one", "two"))
     with pytest.raises(ClusterError, match=r"the engine does not generate with the weights of new: log-probabilities are off by"):
-        pool.publish(ray.put(Weights(one.arrays, "float32", two.probe)), "new")
+        calm.publish(ray.put(Weights(one.arrays, "float32", two.probe)), "new")
 
 
 def test_a_dead_actor_is_started_again_with_the_weights_of_now(
@@ -165,7 +185,7 @@ def test_an_actor_that_hangs_is_killed_and_started_again(
     pool.close()
 
 
-def test_a_stream_takes_requests_as_it_goes_and_gives_each_place_once(pool: RolloutPool, folders: dict[str, Path]) -> None:
+def test_a_stream_takes_requests_as_it_goes_and_gives_each_place_once(calm: RolloutPool, folders: dict[str, Path]) -> None:
     taken, most_ahead, got = 0, 0, {}
 
     def source() -> Iterator[DecodeRequest]:
@@ -174,7 +194,7 @@ def test_a_stream_takes_requests_as_it_goes_and_gives_each_place_once(pool: Roll
             taken += 1
             yield request
 
-    for start, batch in pool.stream("decode", source(), decoding_of(folders["one"])[1], 2):
+    for start, batch in calm.stream("decode", source(), decoding_of(folders["one"])[1], 2):
         assert start not in got and batch.version == "one"
         got[start] = batch.done
         most_ahead = max(most_ahead, taken - sum(map(len, got.values())))
@@ -306,22 +326,22 @@ def test_what_a_dead_actor_had_in_work_is_done_by_another(pool: RolloutPool, fol
 
 
 def test_a_learner_publishes_what_it_has_learned(
-    workers: Workers, pool: RolloutPool, folders: dict[str, Path], tmp_path: Path
+    workers: Workers, calm: RolloutPool, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     codec, how = decoding_of(folders["one"])
     asked = GrpoSettings(steps=2, group=2, max_tokens=16, row_tokens=128, lr=0.01)
     learner = workers.grpo(folders["one"], asked, Policy(codec.rule, "immediate", 3.0), seed=0)
-    rolled, _ = pool.decode(REQUESTS[:4], how, 8)
+    rolled, _ = calm.decode(REQUESTS[:4], how, 8)
     walks = [Walk((1, 2), one.ids, one.logprobs, one.banned) for one in rolled]
     report = learner.learn([[0, 1], [2, 3]], [Sampled(walk, (0.5,) * len(walk.ids)) for walk in walks])
     assert report["tokens"] == sum(len(walk.ids) for walk in walks)
-    learner.publish(pool, "learned")
+    learner.publish(calm, "learned")
     learner.save(tmp_path / "saved")
-    found, version = pool.decode(REQUESTS, how, 8)
+    found, version = calm.decode(REQUESTS, how, 8)
     assert version == "learned" and ids(found) == ids(expected(tmp_path / "saved")) != ids(expected(folders["one"]))
     learner.close()
     with pytest.raises(ClusterError, match="the GRPO learner died"):
         learner.save(tmp_path / "again")
     with pytest.raises(ClusterError, match="the GRPO learner died"):  # not: a rollout actor
-        learner.publish(pool, "never")
-    assert ids(pool.decode(REQUESTS, how, 8)[0]) == ids(found)
+        learner.publish(calm, "never")
+    assert ids(calm.decode(REQUESTS, how, 8)[0]) == ids(found)

@@ -78,7 +78,7 @@ def asked(*requests: tuple[Any, ...]) -> list[Any]:
     return [SimpleNamespace(args=request) for request in requests]
 
 
-@pytest.mark.parametrize(("unit", "mode"), [("token", "rewind"), ("step", "rewind"), ("step", "guided")])
+@pytest.mark.parametrize(("unit", "mode"), [("token", "rewind"), ("step", "rewind"), ("step", "guided"), ("step", "soft")])
 def test_rows_and_accuracy_are_those_of_our_own_evaluation(
     inputs: dict[str, Path], tmp_path: Path, only_our_tasks: None, monkeypatch: pytest.MonkeyPatch, unit: str, mode: str
 ) -> None:
@@ -87,7 +87,7 @@ def test_rows_and_accuracy_are_those_of_our_own_evaluation(
     model, codec = noted(inputs["sft"], settings), Codec(inputs["sft"], settings.undo, settings.base.prompt)
     monkeypatch.setattr("sys.argv", ["lm_eval"])
     code = main(
-        ["--model", "retract", "--model_args", f"pretrained={model},mode={mode}", "--tasks", "retract_run", "--batch_size", "3",
+        ["--model", "retract", "--model_args", f"pretrained={model}", "--tasks", "retract_run", "--batch_size", "3",
          "--metadata", f"problems={inputs['problems']}", "--log_samples", "--output_path", str(tmp_path / "out")],
         io.StringIO(),
     )  # fmt: skip
