@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from pipeline.runner import BESIDE, Pipeline, Selection
 from pipeline.stages.graph import steps
 from pipeline.store import Store
 from pipeline.telemetry import Terminal
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Said(Terminal):
@@ -130,3 +134,19 @@ def test_where_the_stages_that_not_every_run_has_stand() -> None:
         assert not {"rollouts", "judge"} & read["dpo"].keys() and ("sft" in read["search"]) == (model == "sft")
     plain = [stage.name for _, stage in steps(Settings())]
     assert plain == ["problems", "base", "rollouts", "judge", "traces", "sft", "evaluate", "report"]
+
+
+def test_a_process_ends_with_its_code_and_is_not_taken_down() -> None:
+    """Threads that are still at work find all of the interpreter there to the end."""
+    script = """
+import atexit, sys
+from pipeline.cli import leave
+class Kept:
+    def __del__(self): print("taken down")
+kept, said = Kept(), sys.stderr.write("also kept\\n")
+atexit.register(print, "at its end")
+sys.stdout.write("all of it ")
+leave(3)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "all of it at its end\n", "also kept\n")
