@@ -14,7 +14,7 @@ from verifiers.judge import FirstError, Verdict
 from verifiers.steps import FINAL
 from verifiers.task import Attempt, TaskJudge, line_of, may_become_right
 
-_CHOICE = re.compile(r"Try (\d{1,4}) ")
+_CHOICE = re.compile(r"Try (\d{1,4})( |\Z)")
 
 
 class SyntheticJudge(TaskJudge):
@@ -77,15 +77,18 @@ def _params(problem: Problem) -> SimpleNamespace:
 
 
 def _wrong_choice(problem: Problem, solution: str) -> re.Match[str] | None:
-    """The first try of a value that does not solve the problem, written with the family's own words."""
+    """The first try of a value that does not solve the problem, written with the family's own words or the beginning of them."""
     family = BY_NAME[problem.family]
     if family.right_choice is None:
         return None
     right = family.right_choice(_params(problem))
     for match in _CHOICE.finditer(solution):
         at_line_start = match.start() == 0 or solution[match.start() - 1] == "\n"
+        may_grow = not match[2] and str(right).startswith(match[1])
+        if not at_line_start or int(match[1]) == right or may_grow:
+            continue
         # Where other words than the family's follow the number, the wording is the error, not the choice.
-        head = attempt_text(problem, int(match[1])).split(":")[0] if at_line_start else None
-        if head is not None and int(match[1]) != right and solution.startswith(head, match.start()):
+        head, words = attempt_text(problem, int(match[1])).split(":")[0], solution[match.start() :]
+        if words.startswith(head) or head.startswith(words):
             return match
     return None

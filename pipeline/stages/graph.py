@@ -212,7 +212,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "grpo",
-        2,
+        3,
         lambda round: (_PROBLEMS, _model(round), Input("sft", round, "sft")),
         lambda s: (
             _generation(s)
@@ -225,7 +225,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "evaluate",
-        7,
+        8,
         lambda round: (_PROBLEMS, _model(round), Input("sft", round, "sft")),
         lambda s: (
             _generation(s)

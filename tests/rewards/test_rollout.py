@@ -103,9 +103,11 @@ def test_trailing_undos_are_applied() -> None:
 def slow_runs(problem: Problem, ids: Sequence[int], unit: Unit) -> list[UndoRun]:
     """Every state found from the start again and judged again."""
 
+    def state(end: int) -> str:
+        return WORDS.decode(apply_undo(ids[:end], rule(unit)).surviving)
+
     def right(end: int) -> bool:
-        state = apply_undo(ids[:end], rule(unit)).surviving
-        return not state or not judge_of(problem).state_is_wrong(problem, WORDS.decode(state))
+        return not state(end) or not judge_of(problem).state_is_wrong(problem, state(end))
 
     runs: list[UndoRun] = []
     for index, token in enumerate(ids):
@@ -116,7 +118,8 @@ def slow_runs(problem: Problem, ids: Sequence[int], unit: Unit) -> list[UndoRun]
             end += 1
         full = [bool(apply_undo(ids[:at], rule(unit)).surviving) for at in range(index, end)]
         unnecessary = sum(there and right(at) for at, there in zip(range(index, end), full, strict=True))
-        runs.append(UndoRun(index, end, right(index), right(end), unnecessary, full.count(False)))
+        seen = right(index) or judge_of(problem).evidence_seen(problem, state(index))
+        runs.append(UndoRun(index, end, right(index), right(end), unnecessary, full.count(False), seen))
     return runs
 
 

@@ -158,10 +158,11 @@ def test_prefixes_of_gold_are_not_wrong(problem: Problem, data: st.DataObject) -
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(HINDSIGHT), st.randoms(use_true_random=False))
 def test_a_wrong_try_is_a_wrong_state(problem: Problem, draw: random.Random) -> None:
-    choice = wrong_choice(problem, draw)
-    text = attempt_text(problem, choice)
-    assert judge_of(problem).state_is_wrong(problem, text)
-    assert judge_of(problem).state_is_wrong(problem, text[: text.index(":") + 1])  # from the choice on, before the evidence too
+    choice, judge = wrong_choice(problem, draw), judge_of(problem)
+    text, right = attempt_text(problem, choice), attempt_text(problem, right_choice(problem))
+    for end in range(len(text) + 1):  # from the number on that no right one begins like, before the evidence too
+        assert judge.state_is_wrong(problem, text[:end]) == (not right.startswith(text[:end])), text[:end]
+        assert end == len(text) or right.startswith(text[:end]) or not judge.evidence_seen(problem, text[:end])
     assert judge_of(problem).state_is_wrong(problem, rationalised(problem, choice, draw).splitlines()[0])
     assert not judge_of(problem).state_is_wrong(problem, "Try ") and not judge_of(problem).state_is_wrong(
         problem, attempt_text(problem, right_choice(problem))
