@@ -21,6 +21,8 @@ from actors.nodes import check_learner_here, check_nodes, check_room, wait_for_r
 from actors.placement import ClusterError
 from pipeline.cluster_config import ActorResources, ClusterSettings
 
+_STARTS = 3  # of a Ray on this machine: a busy one may need more than the 30 s that Ray gives it, which is no setting there
+
 
 class LearnerDied(ClusterError):
     """A process that trains is gone; what it had not saved with it. One line."""
@@ -74,21 +76,10 @@ def ray_session(
     # Workers import this checkout: inside a job the working directory is on their path already.
     root = str(Path(__file__).resolve().parent.parent)
     python_path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    local: dict[str, Any] = {} if address else {"dashboard_host": "127.0.0.1", "include_dashboard": True}
     # Ray would start workers at niceness 15; every core of a local run is theirs, and OpenMP stalls when one thread waits.
     os.environ.setdefault("RAY_worker_niceness", "0")
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        joined = ray.init(
-            # "local": without an address Ray joins what the last `ray start` of this machine left, dead or somebody else's.
-            address=address or "local",
-            log_to_driver=True,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": {"PYTHONPATH": python_path}},
-            **local,
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ClusterError(f"cannot reach Ray at {address or 'this machine'}: {' '.join(str(error).split())[:300]}") from error
+    joined = _joined(address, {"env_vars": {"PYTHONPATH": python_path}}, say)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler aborts the process
     try:
@@ -104,6 +95,22 @@ def ray_session(
         yield Session(joined.dashboard_url or "", apart)
     finally:
         ray.shutdown()
+
+
+def _joined(address: str | None, runtime_env: dict[str, Any], say: Callable[[str], None], starts: int = _STARTS) -> Any:
+    """`ray.init`; what stands of a node that did not come up ends with this process."""
+    local: dict[str, Any] = {} if address else {"dashboard_host": "127.0.0.1", "include_dashboard": True}
+    try:
+        # "local": without an address Ray joins what the last `ray start` of this machine left, dead or somebody else's.
+        return ray.init(
+            address=address or "local", log_to_driver=True, logging_level=logging.ERROR, runtime_env=runtime_env, **local
+        )
+    except Exception as error:  # Ray has no narrower one for a node that does not come up
+        if address or starts == 1 or "timed out during startup" not in str(error):
+            raise ClusterError(f"cannot reach Ray at {address or 'this machine'}: {one_line(error)}") from error
+    ray.shutdown()
+    say("Ray did not come up in time and is started again")
+    return _joined(address, runtime_env, say, starts - 1)
 
 
 def actor_options(resources: ActorResources, name: str, sharing: int) -> dict[str, Any]:

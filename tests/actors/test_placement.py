@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from actors import nodes
+from actors.cluster import ray_session
 from actors.nodes import LEAST_FREE, Facts, code_digest, differences
 from actors.placement import ClusterError, Node, asks_of, bundles_of, missing, taken
 from pipeline.cluster_config import ClusterSettings
@@ -149,3 +151,40 @@ def test_the_code_digest_is_that_of_the_text(tmp_path) -> None:  # type: ignore[
     assert code_digest(tmp_path) == before
     (tmp_path / "actors" / "a.py").write_text("2")
     assert code_digest(tmp_path) != before
+
+
+@pytest.mark.parametrize(("late", "tries"), [(0, 1), (2, 3), (3, 3)])
+def test_a_ray_that_comes_up_late_is_started_again(monkeypatch: pytest.MonkeyPatch, late: int, tries: int) -> None:
+    tried, said = [], []
+
+    def init(**options: object) -> SimpleNamespace:
+        tried.append(options["address"])
+        if len(tried) <= late:
+            raise Exception("The current node timed out during startup. This\ncould happen because ...")
+        return SimpleNamespace(dashboard_url="here")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("actors.cluster.check_room", lambda cluster: None)
+    with (
+        pytest.raises(ClusterError, match=r"^cannot reach Ray at this machine: .* during startup. This could")
+        if late == 3
+        else (nullcontext()),
+        ray_session(ClusterSettings(), say=said.append) as found,
+    ):
+        assert found.dashboard == "here"
+    assert tried == ["local"] * tries
+    assert said == ["Ray did not come up in time and is started again"] * (tries - 1)
+
+
+def test_a_ray_elsewhere_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def init(**options: object) -> None:
+        tried.append(options["address"])
+        raise Exception("timed out during startup")
+
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(ClusterError, match="cannot reach Ray at there:6379"), ray_session(asked(address="there:6379")):
+        pass
+    assert tried == ["there:6379"]
