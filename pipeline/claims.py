@@ -111,10 +111,7 @@ def _of_accuracy(last: _Last) -> Iterator[tuple[str, Said]]:
     baselines = [f"{control} {mode}" for mode in BASELINES if mode != "guided"] if control else []
     yield (
         "There it solves more than controls with as many tokens for the best of several samples, or for tries kept in the context",
-        _worst(
-            [said for said in (_difference(last.against(name, "hindsight"), "") for name in (*baselines, IN_CONTEXT)) if said[1]],
-            "needs evaluate.votes or sft.in_context",
-        ),
+        _against_the_best([last.against(name, "hindsight") for name in (*baselines, IN_CONTEXT)]),
     )
     yield (
         f"Where the evidence comes before the choice, undo costs no more than {100 * FORWARD_LOSS:g} point",
@@ -142,6 +139,16 @@ def _difference(pair: Record | None, missing: str, least: float = 0.0) -> Said:
     low, high = pair["ci95"]
     reach = f"{points(pair['difference'])} points, 95 % {points(low)} to {points(high)}"
     return _verdict(low, high, least), f"{reach}, McNemar p {p_value(pair['mcnemar_p'])}, n {pair['n']:,}"
+
+
+def _against_the_best(pairs: Sequence[Record | None]) -> Said:
+    """A claim about several controls, by the best of them."""
+    known = sorted((pair for pair in pairs if pair is not None), key=lambda pair: float(pair["difference"]))
+    said = [(*_difference(pair, ""), pair["before"]) for pair in known]
+    if not said:
+        return "not measured", "needs evaluate.votes or sft.in_context"
+    verdict, figures, best = min(said, key=lambda one: _ORDER.index(one[0]))
+    return verdict, f"{figures}, against {best}"
 
 
 def _apart(one: Record, other: Record) -> Said:

@@ -255,7 +255,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "report",
-        8,
+        9,
         lambda round: (
             _PROBLEMS,
             _BASE,

@@ -66,6 +66,10 @@ def test_of_several_baselines_the_best_one_counts() -> None:
     assert one.verdict == "not decided" and one.figures.startswith("+1.0 points")
     (one,) = of(pair("clean_control vote", "hindsight", 0.4))[VOTE]
     assert one.verdict == "holds"
+    (one,) = of(pair("clean_control vote", "hindsight", 0.4), pair("in_context soft", "hindsight", 0.3))[VOTE]
+    assert (one.verdict, one.figures.startswith("+30.0 points")) == ("holds", True) and one.figures.endswith(
+        "against in_context soft"
+    )
     (one,) = of(pair("clean_control vote", "hindsight", 0.4), pair("in_context soft", "hindsight", -0.1))[VOTE]
     assert one.verdict == "does not hold"
 
