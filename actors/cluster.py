@@ -78,6 +78,8 @@ def ray_session(
     python_path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     # Ray would start workers at niceness 15; every core of a local run is theirs, and OpenMP stalls when one thread waits.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Workers that a local Ray starts in advance, one a core, are of no use: actors and tasks here have environments of their own.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     joined = _joined(address, {"env_vars": {"PYTHONPATH": python_path}}, say)
     if threading.current_thread() is threading.main_thread():
