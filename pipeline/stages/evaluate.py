@@ -84,8 +84,10 @@ def run(context: Context) -> None:
     chosen = [chosen[i] for i in fits]
     models = _models(context)
     rows: list[Evaluated] = []
-    times = (asked.temperature, *asked.also_at)
-    told = {model.name: sum(len(some) for at in times for some in _told(asked, model, at, chosen).values()) for model in models}
+    temperatures = (asked.temperature, *asked.also_at)
+    told = {
+        model.name: sum(len(some) for at in temperatures for some in _told(asked, model, at, chosen).values()) for model in models
+    }
     with context.terminal.stage("evaluate", sum(told.values())) as progress, Kept(context.resume / "models.jsonl") as kept:
         for model in models:
             if model.name not in kept.found:  # a killed run may have left it behind

@@ -169,7 +169,7 @@ def test_a_ray_that_comes_up_late_is_started_again(monkeypatch: pytest.MonkeyPat
     with (
         pytest.raises(ClusterError, match=r"^cannot reach Ray at this machine: .* during startup. This could")
         if late == 3
-        else (nullcontext()),
+        else nullcontext(),
         ray_session(ClusterSettings(), say=said.append) as found,
     ):
         assert found.dashboard == "here"
