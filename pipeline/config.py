@@ -172,7 +172,7 @@ class TraceSettings(Section):
     max_errors: int = Field(3, ge=1, le=64, description="Different wrong tries of a problem in one trace, at most.")
     random_tokens: int = Field(3, ge=1, le=64, description="Random tokens of a random error, at most.")
     nearness: float = Field(0.5, ge=0, le=1, description="Least share of tokens that a near miss has in common with a right step.")
-    search_trees: str | None = Field(None, description="Folder with a dataset of search trees, see pipeline/backtrack/harvest.py.")
+    search_trees: str | None = Field(None, description="Folder with a dataset of search trees, see docs/search.md.")
     clean_ratio: float = Field(1.0, ge=0, le=100, description="Clean rows for each trace.")
     replay: bool = Field(True, description="Keep the traces of earlier rounds.")
 

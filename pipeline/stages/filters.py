@@ -20,8 +20,8 @@ from pipeline.stages.sources import Candidate
 from pipeline.stages.stage import StageError
 from pipeline.tasks.problem import Problem
 
-JUDGED = ("self", "near_miss")
-"""Sources whose errors the judge has named."""
+UNNAMED = {"random", "aligned", "search"}
+"""Kinds of errors that no judge has named; a searched error has this one where its task does not decide errors exactly."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ def keep(
     checks: tuple[tuple[str, Callable[[Candidate], bool]], ...] = (
         ("length", lambda one: len(one.trace.ids) <= longest),
         ("most_undos", lambda one: settings.most_undos is None or one.trace.roles.count(Role.UNDO) <= settings.most_undos),
-        ("kinds", lambda one: settings.kinds is None or one.source not in JUDGED or {*one.kinds} <= {*settings.kinds}),
+        ("kinds", lambda one: settings.kinds is None or {*one.kinds} <= {*settings.kinds} | UNNAMED),
         ("late_evidence", lambda one: not settings.late_evidence or has_late_evidence(one)),
         ("duplicates", lambda one: not settings.duplicates or one.trace.ids not in seen),
     )

@@ -152,7 +152,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "traces",
-        2,
+        3,
         lambda round: (_PROBLEMS, _model(round), Input("rollouts", round, "rollouts"), Input("judge", round, "judge")),
         lambda s: {
             "traces": s.traces.model_dump(mode="json", exclude={"replay"}),

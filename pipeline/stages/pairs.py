@@ -17,7 +17,7 @@ from pipeline.backtrack.preferences import Kind, Pair, keep_pair, step_pair, und
 from pipeline.backtrack.undo import apply_undo
 from pipeline.config import DpoSettings, TraceSettings
 from pipeline.stages.io import Codec, read_rows
-from pipeline.stages.sources import Ids, Judged, own_errors
+from pipeline.stages.sources import Ids, Judged, Made, own_errors
 from pipeline.stages.stage import StageError
 
 PAIRS = "pairs"
@@ -51,8 +51,9 @@ def own_pairs(judged: Judged, rollouts: Mapping[str, Ids], traces: TraceSettings
         rollouts: whole completions by the name of the rollout.
     """
     one_error = traces.model_copy(update={"max_errors": 1})
-    for hot in (False, True):
-        for one in own_errors(judged, hot, one_error, codec, seed):
+    made: tuple[Made, ...] = ("self", "near_miss")
+    for how in made:
+        for one in own_errors(judged, how, one_error, codec, seed):
             emitted = rollouts[one.rollouts[0]]
             right = len(apply_undo(one.trace.ids[one.trace.prompt_length :], codec.rule).surviving)
             place = random.Random(f"{seed}/keep/{one.rollouts[0]}").randrange(1, max(2, right))

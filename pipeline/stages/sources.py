@@ -1,5 +1,8 @@
 """Where traces come from: the model's own judged errors, hot samples close to a right step, random tokens, steps of wrong
 solutions, search trees. Called by the traces stage. Ids that the model wrote stay as they are; only recomputed text is tokenised.
+
+Errors of rollouts and, where a task decides them exactly, of search trees are cut out by the judge: the wrong decision is kept,
+what follows from it is made right, up to the evidence.
 """
 
 from __future__ import annotations
@@ -9,18 +12,22 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from actors.judge import judge_rows
 from pipeline.backtrack.harvest import SearchTree, harvest
 from pipeline.backtrack.inject import aligned_injection, random_injection, trivial_ids
 from pipeline.backtrack.trace import Detour, Role, Trace, WrongTry, build_trace, last_detour
 from pipeline.config import TraceSettings
 from pipeline.stages.io import Codec, read_rows, with_rollouts
+from pipeline.stages.judged import row_of
 from pipeline.stages.stage import StageError
 from pipeline.tasks.problem import Problem
 from verifiers.tasks import judge_of
 
 Ids = tuple[int, ...]
+Made = Literal["self", "near_miss", "search"]
+"""How the model came to write a wrong solution: as it samples, from a hot sample, in a search."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Located:
     rollout: str
     problem: Problem
     kind: str
-    hot: bool
+    made: Made
     prompt: Ids
     prefix: Ids
     """Ids of the right steps before the wrong one."""
@@ -123,7 +130,7 @@ def locate(verdict: Mapping[str, Any], rollout: Mapping[str, Any], problem: Prob
         rollout["id"],
         problem,
         verdict.get("error_kind", ""),
-        rollout.get("hot", False),
+        rollout.get("made") or ("near_miss" if rollout.get("hot") else "self"),
         tuple(rollout["prompt_ids"]),
         text.ids[:cut],
         WrongTry(tried, tuple(marks), inner),
@@ -142,27 +149,27 @@ def _second_error(own: Ids, tried: Ids, decision: int, codec: Codec) -> tuple[De
     return (Detour(shared, WrongTry(own[shared:end], (True,) * (end - shared))),)
 
 
-def own_errors(judged: Judged, hot: bool, settings: TraceSettings, codec: Codec, seed: int) -> Iterator[Candidate]:
+def own_errors(judged: Judged, made: Made, settings: TraceSettings, codec: Codec, seed: int) -> Iterator[Candidate]:
     """Every different wrong try of the model leads one trace. With it come other tries, drawn at random, that leave the same
     right way there or elsewhere."""
     for problem_id in sorted(judged.wrong):
-        tries = [one for one in judged.wrong[problem_id] if one.hot == hot]
+        tries = [one for one in judged.wrong[problem_id] if one.made == made]
         unique = list({(one.prefix, one.wrong_try.ids): one for one in tries}.values())
-        rng = random.Random(f"{seed}/{problem_id}/{hot}")
+        rng = random.Random(f"{seed}/{problem_id}/{made == 'near_miss'}")
         for first in unique:
             correction, way = _right_way(first, judged, codec)
             if way is None:
                 judged.dropped["no_correction"] += 1
                 continue
             solution = first.prefix + way
-            if hot and _nearness(first, way, codec) < settings.nearness:
+            if made == "near_miss" and _nearness(first, way, codec) < settings.nearness:
                 judged.dropped["not_near"] += 1
                 continue
             others = [one for one in unique if one is not first and _leaves(one, solution)]
             chosen = [first, *rng.sample(others, rng.randint(0, min(settings.max_errors - 1, len(others))))]
             yield Candidate(
                 first.problem,
-                "near_miss" if hot else "self",
+                made,
                 _trace(first.prompt, solution, chosen, codec),
                 correction,
                 tuple(one.rollout for one in chosen),
@@ -245,9 +252,15 @@ def aligned_errors(judged: Judged, problems: Mapping[str, Problem], codec: Codec
             yield Candidate(problem, "aligned", injected.trace, "sibling" if own else "gold", (rollout,), ("aligned",))
 
 
-def searched_errors(folder: str, problems: Mapping[str, Problem], settings: TraceSettings, codec: Codec) -> Iterator[Candidate]:
+def searched_errors(
+    folder: str, problems: Mapping[str, Problem], settings: TraceSettings, codec: Codec, seed: int
+) -> Iterator[Candidate]:
     """Traces of search trees: a dataset with the columns problem, prompt_ids, parent, ids, value, right (1, 0, or -1 where the
-    node ends no solution)."""
+    node ends no solution).
+
+    Where a task decides first errors exactly, the ways to a tree's ends are rollouts like any others. Elsewhere a wrong
+    branch is one trace's error up to where its value has dropped (`harvest`).
+    """
     try:
         rows = read_rows(Path(folder))
     except (OSError, ValueError) as error:
@@ -260,16 +273,41 @@ def searched_errors(folder: str, problems: Mapping[str, Problem], settings: Trac
     for row in rows:
         if row["problem"] not in problems:
             raise StageError(f"traces.search_trees: {row['problem']!r} is no training problem")
+        problem, prompt = problems[row["problem"]], tuple(row["prompt_ids"])
         try:
             ends = tuple(None if end < 0 else bool(end) for end in row["right"])
             tree = SearchTree(tuple(row["parent"]), tuple(map(tuple, row["ids"])), tuple(row["value"]), ends)
-            found = harvest(tree, most=settings.max_errors)
-            if found is None:
-                continue
-            trace = build_trace(tuple(row["prompt_ids"]), *found, codec.rule)
+            if judge_of(problem).exact:
+                found = own_errors(_judged_ends(tree, problem, prompt, codec), "search", settings, codec, seed)
+                candidates = [replace(one, correction="search") if one.correction == "sibling" else one for one in found]
+            else:
+                candidates = list(_harvested(tree, problem, prompt, settings, codec))
         except (ValueError, TypeError) as error:  # a null among numbers is a TypeError
             raise StageError(f"traces.search_trees: {row['problem']}: {error}") from error
-        yield Candidate(problems[row["problem"]], "search", trace, "search", kinds=("search",) * len(found[1]))
+        yield from candidates
+
+
+def _judged_ends(tree: SearchTree, problem: Problem, prompt: Ids, codec: Codec) -> Judged:
+    """The ways to the ends of a tree as judged rollouts, in the order in which `harvest` takes solutions."""
+    ways, depth = [()], [0]
+    for node, parent in enumerate(tree.parent[1:], start=1):
+        ways.append(ways[parent] + tree.ids[node])
+        depth.append(depth[parent] + 1)
+    ended = [node for node, right in enumerate(tree.right) if right is not None]
+    verdicts, rollouts = [], []
+    for node in sorted(ended, key=lambda node: (-tree.value[node], depth[node], node)):
+        name, text = f"{problem.id}#{node}", codec.decode(ways[node])
+        finish = "stop" if ways[node][-1:] == (codec.stop_id,) else "length"
+        rollouts.append({"id": name, "made": "search", "prompt_ids": prompt, "token_ids": ways[node], "finish": finish})
+        verdicts.append(row_of(name, problem.id, text.offsets, judge_rows([(problem, text.text)])[0], "exact"))
+    return sort_rollouts(verdicts, rollouts, {problem.id: problem}, codec)
+
+
+def _harvested(tree: SearchTree, problem: Problem, prompt: Ids, settings: TraceSettings, codec: Codec) -> Iterator[Candidate]:
+    found = harvest(tree, most=settings.max_errors)
+    if found is not None:
+        trace = build_trace(prompt, *found, codec.rule)
+        yield Candidate(problem, "search", trace, "search", kinds=("search",) * len(found[1]))
 
 
 def clean_row(problem: Problem, ids: Ids, prompt: Ids, correction: str) -> Candidate:

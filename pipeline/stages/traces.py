@@ -118,15 +118,15 @@ def _mixed(
         picked = random.Random(f"{seed}/{source}").sample(range(len(candidates)), count)
         return [candidates[i] for i in sorted(picked)]
 
-    own = passing(own_errors(judged, False, settings, codec, seed)) if mix.self else []
+    own = passing(own_errors(judged, "self", settings, codec, seed)) if mix.self else []
     unit = len(own) or len(problems)
     traces = some(own, round(mix.self * unit), "self")
     sources = {
-        "near_miss": lambda count: own_errors(judged, True, settings, codec, seed),
+        "near_miss": lambda count: own_errors(judged, "near_miss", settings, codec, seed),
         "random": lambda count: random_errors(judged, list(problems.values()), count, settings, codec, seed),
         "aligned": lambda count: aligned_errors(judged, problems, codec, seed),
         "search": lambda count: (
-            one for folder in _search_trees(context) for one in searched_errors(folder, problems, settings, codec)
+            one for folder in _search_trees(context) for one in searched_errors(folder, problems, settings, codec, seed)
         ),
     }
     assert {"self", *sources} == set(TraceMix.model_fields)

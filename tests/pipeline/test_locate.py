@@ -76,7 +76,7 @@ def test_a_rollout_is_cut_at_token_borders(name: str, codecs: Callable[..., Code
     for at, is_wrong in enumerate(found.wrong_try.wrong, start=first):
         own = set(range(ends[at], ends[at + 1]))
         assert not own or is_wrong == bool(own & wrong_bytes)
-    assert (found.rollout, found.kind, found.hot, found.prompt) == ("r", "copy", True, codec.prompt_ids(problem()))
+    assert (found.rollout, found.kind, found.made, found.prompt) == ("r", "copy", "near_miss", codec.prompt_ids(problem()))
 
 
 @pytest.mark.parametrize("name", ["bytes", "pieces"])
@@ -133,7 +133,7 @@ def test_the_gold_solution_reads_on_from_the_models_words(name: str, unit: Unit,
     codec = codecs(name, unit)
     for before, line, mark in (("", LINE_1.replace("3+4", "3+5"), "5"), (LINE_1 + "\n", LINE_2.replace("7*2", "7*3"), "3")):
         judged = sorted_rows(codec, wrong_row(codec, "r", before, line, mark, f"\n{LAST}"))
-        (one,) = own_errors(judged, False, TraceSettings(), codec, 0)
+        (one,) = own_errors(judged, "self", TraceSettings(), codec, 0)
         assert one.correction == "gold"
         assert codec.decode(surviving(one, codec)).text == problem().solution
         assert surviving(one, codec)[-1] == codec.stop_id

@@ -167,7 +167,7 @@ def text(codec: Codec, ids: Sequence[int]) -> str:
 
 def test_traces_read_the_trees(inputs: dict[str, Path], tmp_path: Path) -> None:
     run = Run(inputs, tmp_path / "out", settings_of())
-    found = list(searched_errors(str(run.out / "trees"), {one.id: one for one in TRAIN}, TraceSettings(), run.codec))
+    found = list(searched_errors(str(run.out / "trees"), {one.id: one for one in TRAIN}, TraceSettings(), run.codec, 0))
     assert len(found) == len(TRAIN)
     for one in found:
         ids = one.trace.ids[one.trace.prompt_length :]

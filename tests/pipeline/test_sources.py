@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, DatasetDict
 
 from pipeline.backtrack.trace import Role, build_trace
 from pipeline.backtrack.undo import Unit, apply_undo
@@ -24,9 +22,7 @@ from pipeline.stages.sources import (
     locate,
     own_errors,
     random_errors,
-    searched_errors,
 )
-from pipeline.stages.stage import StageError
 from tests.pipeline.judged import (
     LAST,
     LINE_1,
@@ -84,7 +80,7 @@ WRONG_2 = LINE_2.replace("7*2=<<7*2=14>>14", "7*3=<<7*3=21>>21")
 
 
 def own(codec: Codec, judged: Judged, hot: bool = False, seed: int = 0, **more: Any) -> list[Candidate]:
-    return list(own_errors(judged, hot, TraceSettings(**more), codec, seed))
+    return list(own_errors(judged, "near_miss" if hot else "self", TraceSettings(**more), codec, seed))
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -370,97 +366,6 @@ def test_aligned_errors(codecs: Callable[..., Codec]) -> None:
     judged = sorted_rows(codec, wrong_row(codec, "w", f"{LINE_1}\n", WRONG_2, "3"), right_row(codec, "s", SIBLING))
     (one,) = aligned_errors(judged, {problem().id: problem()}, codec, 0)
     assert one.correction == "sibling" and codec.decode(surviving(one, codec)).text == SIBLING
-
-
-# ---- search trees ----
-
-
-def tree_rows(codec: Codec, **more: Any) -> dict[str, list[Any]]:
-    """A right first step, behind it a right and a wrong one."""
-    steps = [(), codec.encode(f"{LINE_1}\n"), codec.solution_ids(f"{LINE_2}\n{LAST}"), codec.solution_ids(f"{WRONG_2}\n{LAST}")]
-    return {
-        "problem": [problem().id],
-        "prompt_ids": [list(codec.prompt_ids(problem()))],
-        "parent": [[-1, 0, 1, 1]],
-        "ids": [[list(step) for step in steps]],
-        "value": [[0.5, 0.6, 1.0, 0.0]],
-        "right": [[-1, -1, 1, 0]],
-    } | more
-
-
-def searched(codec: Codec, folder: Path, rows: dict[str, list[Any]], **more: Any) -> list[Candidate]:
-    Dataset.from_dict(rows).save_to_disk(folder)
-    return list(searched_errors(str(folder), {problem().id: problem()}, TraceSettings(**more), codec))
-
-
-@pytest.mark.parametrize("unit", UNITS)
-def test_search_trees(unit: Unit, codecs: Callable[..., Codec], tmp_path: Path) -> None:
-    codec = codecs(unit=unit)
-    (one,) = searched(codec, tmp_path / "trees", tree_rows(codec))
-    assert (one.source, one.correction, one.kinds, one.rollouts) == ("search", "search", ("search",), ())
-    assert codec.decode(surviving(one, codec)).text == problem().solution
-    assert one.trace.ids[: one.trace.prompt_length] == codec.prompt_ids(problem())
-    assert role_text(one.trace, codec, Role.ERROR).startswith("3=<<7*3=21>>21")
-
-
-def test_trees_that_teach_nothing_are_passed_over(codecs: Callable[..., Codec], tmp_path: Path) -> None:
-    codec = codecs()
-    assert searched(codec, tmp_path / "trees", tree_rows(codec, right=[[-1, -1, 0, 0]])) == []
-
-
-def test_a_tree_gives_no_more_errors_than_a_trace_may_hold(codecs: Callable[..., Codec], tmp_path: Path) -> None:
-    codec = codecs()
-    ids = [[], [1], *([token] for token in (10, 11, 12))]
-    rows = tree_rows(codec, parent=[[-1, 0, 0, 0, 0]], ids=[ids], value=[[0.5, 1.0, 0.0, 0.0, 0.0]], right=[[-1, 1, 0, 0, 0]])
-    for most in (1, 2, 3):
-        (one,) = searched(codec, tmp_path / str(most), rows, max_errors=most)
-        assert len(one.kinds) == one.trace.roles.count(Role.ERROR) == most
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"problem": ["gsm8k/test/0"]}, "'gsm8k/test/0' is no training problem"),
-        ({"parent": [[-1, 0, -1, 1]]}, "gsm8k/train/0: node 2 of a search tree has parent -1"),
-        ({"parent": [[-1, 2, 1, 1]]}, "gsm8k/train/0: node 1 of a search tree has parent 2"),
-        ({"value": [[0.5, 0.6]]}, "gsm8k/train/0: a search tree whose parent, ids, value and right differ in length"),
-    ],
-    ids=["held out", "two roots", "cycle", "lengths"],
-)
-def test_bad_search_trees(codecs: Callable[..., Codec], tmp_path: Path, more: dict[str, Any], message: str) -> None:
-    with pytest.raises(StageError, match=r"traces\.search_trees: ") as error:
-        searched(codecs(), tmp_path / "trees", tree_rows(codecs()) | more)
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("where", ["prompt_ids", "ids"])
-def test_undo_tokens_in_search_trees(where: str, codecs: Callable[..., Codec], tmp_path: Path) -> None:
-    codec = codecs()
-    rows = tree_rows(codec)
-    (rows["prompt_ids"][0] if where == "prompt_ids" else rows["ids"][0][2]).insert(1, codec.rule.undo_id)
-    part = "prompt" if where == "prompt_ids" else "solution"
-    with pytest.raises(StageError, match=f"traces.search_trees: gsm8k/train/0: the {part} holds the undo token"):
-        searched(codec, tmp_path / "trees", rows)
-
-
-def test_no_search_trees(codecs: Callable[..., Codec], tmp_path: Path) -> None:
-    """A folder that is not there, is no dataset, or has no rows: one line each."""
-    (tmp_path / "empty").mkdir()
-    DatasetDict({"train": Dataset.from_dict(tree_rows(codecs()))}).save_to_disk(tmp_path / "splits")
-    nothing = tmp_path / "nothing"
-    for folder in (tmp_path / "missing", tmp_path / "empty", tmp_path / "splits", nothing):
-        if folder == nothing:
-            Dataset.from_dict({name: [] for name in tree_rows(codecs())}).save_to_disk(folder)
-        with pytest.raises(StageError, match=r"traces\.search_trees: ") as error:
-            list(searched_errors(str(folder), {}, TraceSettings(), codecs()))
-        assert str(folder) in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("column", ["problem", "prompt_ids", "parent", "ids", "value", "right"])
-def test_search_trees_that_lack_a_column(column: str, codecs: Callable[..., Codec], tmp_path: Path) -> None:
-    rows = {name: values for name, values in tree_rows(codecs()).items() if name != column}
-    with pytest.raises(StageError, match=f"lacks the columns {column}$"):
-        searched(codecs(), tmp_path / "trees", rows)
 
 
 # ---- clean rows ----
