@@ -6,7 +6,7 @@ Pure functions; search workers and any other tree search hand their trees over i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.backtrack.trace import Detour, WrongTry
@@ -36,6 +36,13 @@ class SearchTree:
         for node, parent in enumerate(self.parent):
             if not (parent == ROOT and node == 0) and not 0 <= parent < node:
                 raise ValueError(f"node {node} of a search tree has parent {parent}, which does not come before it")
+
+    @classmethod
+    def of_columns(
+        cls, parent: Iterable[int], ids: Iterable[Iterable[int]], value: Iterable[float], right: Iterable[int]
+    ) -> SearchTree:
+        """From the columns of a dataset, in which `right` is 1, 0, or -1 where the node is not the end of a solution."""
+        return cls(tuple(parent), tuple(map(tuple, ids)), tuple(value), tuple(None if end < 0 else bool(end) for end in right))
 
 
 def harvest(tree: SearchTree, low: float = 0.2, most: int | None = None) -> tuple[tuple[int, ...], tuple[Detour, ...]] | None:

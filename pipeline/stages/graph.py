@@ -139,7 +139,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "search",
-        2,
+        3,
         lambda round: (_PROBLEMS, _model(round)),
         lambda s: (
             _generation(s)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -44,14 +44,14 @@ class Found:
 
 
 def own_pairs(judged: Judged, rollouts: Mapping[str, Ids], traces: TraceSettings, asked: DpoSettings, codec: Codec, seed: int,
-              found: Found) -> None:  # fmt: skip
-    """A pair of each kind for every different error of the round's rollouts that the stage traces could make a trace of.
+              found: Found, made: Sequence[Made] = ("self", "near_miss")) -> None:  # fmt: skip
+    """A pair of each kind for every different error of rollouts that the stage traces could make a trace of.
 
     Args:
         rollouts: whole completions by the name of the rollout.
+        made: how those rollouts were made that are asked for.
     """
     one_error = traces.model_copy(update={"max_errors": 1})
-    made: tuple[Made, ...] = ("self", "near_miss")
     for how in made:
         for one in own_errors(judged, how, one_error, codec, seed):
             emitted = rollouts[one.rollouts[0]]

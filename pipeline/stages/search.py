@@ -6,7 +6,8 @@ Writes `trees/`, `steps/` and `pairs/` as datasets, and some trees for people: t
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +20,17 @@ from actors.heads import HeadError
 from actors.mcts import Vocabulary
 from actors.rollout import RolloutPool
 from actors.search import Case, Meter, Searcher, StateValue
+from pipeline.backtrack.harvest import SearchTree
 from pipeline.backtrack.searched import Searched, pairs, step_values
-from pipeline.config import UndoSettings
+from pipeline.config import DpoSettings, Settings, TraceSettings, UndoSettings
 from pipeline.rollout_log import Rolled
 from pipeline.search_page import Drawn, draw, render
 from pipeline.stages.io import Codec, read_problems, write_json, write_rows
 from pipeline.stages.kept import Kept, tuples
+from pipeline.stages.pairs import Found, own_pairs
 from pipeline.stages.prm import MODEL as PRM
 from pipeline.stages.rollouts import context_length, row_seed, within_context
+from pipeline.stages.sources import judged_ends
 from pipeline.stages.stage import Context, StageError
 from pipeline.tasks.problem import Problem
 from verifiers.tasks import judge_of
@@ -170,7 +174,7 @@ def _write(context: Context, codec: Codec, problems: dict[str, Problem], trees: 
     write_rows([_tree_row(tree) for tree in trees], TREE_FEATURES, out / TREES)
     steps = [_about(tree) | vars(one) for tree in trees for one in step_values(tree)]
     write_rows(steps, STEP_FEATURES, out / STEPS)
-    found = [_about(tree) | vars(one) for tree in trees for one in pairs(tree, how.margin, codec.rule, how.pairs)]
+    found = [_about(tree) | one for tree in trees for one in _pairs(tree, problems[tree.problem], context.settings, codec)]
     write_rows(found, PAIR_FEATURES, out / PAIRS)
     # The trees that show most: solved ones with wrong branches first, then those that nothing solved.
     shown = sorted(trees, key=lambda tree: (not (tree.solved and 0 in tree.right), tree.problem))[: how.dumps]
@@ -178,6 +182,22 @@ def _write(context: Context, codec: Codec, problems: dict[str, Problem], trees: 
     write_json([one.to_json() for one in drawn], out / "trees.json")
     (out / "search.html").write_text(render(drawn, context.settings.run.name, len(trees), sum(tree.solved for tree in trees)))
     context.counts.update(rows=len(trees), steps=len(steps), pairs=len(found))
+
+
+def _pairs(tree: Searched, problem: Problem, settings: Settings, codec: Codec) -> Iterator[dict[str, Any]]:
+    """Preference pairs of a tree: of errors that the judge cuts out where the task decides them exactly, else by values."""
+    how = settings.search
+    if not judge_of(problem).exact:
+        yield from map(vars, pairs(tree, how.margin, codec.rule, how.pairs))
+    elif tree.solved:
+        grown = SearchTree.of_columns(tree.parent, tree.ids, tree.value, tree.right)
+        judged, whole = judged_ends(grown, problem, tree.prompt_ids, codec)
+        found, given = Found(), Counter[str]()
+        own_pairs(judged, whole, TraceSettings(), DpoSettings(), codec, settings.run.seed, found, ("search",))
+        for _, pair in found.pairs:
+            given[pair.kind] += 1
+            if given[pair.kind] <= how.pairs:
+                yield {name: getattr(pair, name) for name in PAIR_FEATURES if name != "problem"}
 
 
 def _tree_row(tree: Searched) -> dict[str, Any]:

@@ -275,10 +275,10 @@ def searched_errors(
             raise StageError(f"traces.search_trees: {row['problem']!r} is no training problem")
         problem, prompt = problems[row["problem"]], tuple(row["prompt_ids"])
         try:
-            ends = tuple(None if end < 0 else bool(end) for end in row["right"])
-            tree = SearchTree(tuple(row["parent"]), tuple(map(tuple, row["ids"])), tuple(row["value"]), ends)
+            tree = SearchTree.of_columns(row["parent"], row["ids"], row["value"], row["right"])
             if judge_of(problem).exact:
-                found = own_errors(_judged_ends(tree, problem, prompt, codec), "search", settings, codec, seed)
+                judged, _ = judged_ends(tree, problem, prompt, codec)
+                found = own_errors(judged, "search", settings, codec, seed)
                 candidates = [replace(one, correction="search") if one.correction == "sibling" else one for one in found]
             else:
                 candidates = list(_harvested(tree, problem, prompt, settings, codec))
@@ -287,20 +287,22 @@ def searched_errors(
         yield from candidates
 
 
-def _judged_ends(tree: SearchTree, problem: Problem, prompt: Ids, codec: Codec) -> Judged:
-    """The ways to the ends of a tree as judged rollouts, in the order in which `harvest` takes solutions."""
-    ways, depth = [()], [0]
+def judged_ends(tree: SearchTree, problem: Problem, prompt: Ids, codec: Codec) -> tuple[Judged, dict[str, Ids]]:
+    """The ways to the ends of a tree as judged rollouts, in the order in which `harvest` takes solutions; with them the completions
+    by the names of these rollouts."""
+    ways, depth = list[Ids]([()]), [0]
     for node, parent in enumerate(tree.parent[1:], start=1):
         ways.append(ways[parent] + tree.ids[node])
         depth.append(depth[parent] + 1)
     ended = [node for node, right in enumerate(tree.right) if right is not None]
+    ended.sort(key=lambda node: (-tree.value[node], depth[node], node))
+    whole = {f"{problem.id}#{node}": ways[node] for node in ended}
     verdicts, rollouts = [], []
-    for node in sorted(ended, key=lambda node: (-tree.value[node], depth[node], node)):
-        name, text = f"{problem.id}#{node}", codec.decode(ways[node])
-        finish = "stop" if ways[node][-1:] == (codec.stop_id,) else "length"
-        rollouts.append({"id": name, "made": "search", "prompt_ids": prompt, "token_ids": ways[node], "finish": finish})
+    for name, ids in whole.items():
+        text, finish = codec.decode(ids), "stop" if ids[-1:] == (codec.stop_id,) else "length"
+        rollouts.append({"id": name, "made": "search", "prompt_ids": prompt, "token_ids": ids, "finish": finish})
         verdicts.append(row_of(name, problem.id, text.offsets, judge_rows([(problem, text.text)])[0], "exact"))
-    return sort_rollouts(verdicts, rollouts, {problem.id: problem}, codec)
+    return sort_rollouts(verdicts, rollouts, {problem.id: problem}, codec), whole
 
 
 def _harvested(tree: SearchTree, problem: Problem, prompt: Ids, settings: TraceSettings, codec: Codec) -> Iterator[Candidate]:

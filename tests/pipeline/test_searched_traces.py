@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
+from pipeline.backtrack.harvest import SearchTree
+from pipeline.backtrack.preferences import flaw
 from pipeline.backtrack.trace import Role
 from pipeline.backtrack.undo import Unit
-from pipeline.config import TraceSettings
+from pipeline.config import DpoSettings, TraceSettings
 from pipeline.stages.filters import has_late_evidence
 from pipeline.stages.io import Codec
-from pipeline.stages.sources import Candidate, searched_errors
+from pipeline.stages.pairs import Found, own_pairs
+from pipeline.stages.sources import Candidate, judged_ends, searched_errors
 from pipeline.stages.stage import StageError
 from pipeline.task_config import SyntheticTask
 from pipeline.tasks import synthetic
@@ -199,3 +202,26 @@ def test_an_undo_token_in_a_judged_tree(codecs: Callable[..., Codec], tmp_path: 
     rows["prompt_ids"][0].insert(1, codec.rule.undo_id)
     with pytest.raises(StageError, match=f"traces.search_trees: {BOXES.id}: the prompt holds the undo token"):
         searched(codec, tmp_path / "trees", rows)
+
+
+def test_preferences_of_a_judged_tree_part_where_the_evidence_stands(codecs: Callable[..., Codec]) -> None:
+    """Undo against the false result that hides the error; the choice and what follows from it stand on both sides."""
+    codec, wrong = codecs(), RIGHT + 1
+    row = {name: one[0] for name, one in boxes_rows(codec, BOXES.solution, f"{saved(wrong)}\n#### 3").items()}
+    tree = SearchTree.of_columns(row["parent"], row["ids"], row["value"], row["right"])
+    judged, whole = judged_ends(tree, BOXES, tuple(row["prompt_ids"]), codec)
+    assert {codec.decode(ids).text for ids in whole.values()} == {BOXES.solution, f"{saved(wrong)}\n#### 3"}
+    found = Found()
+    own_pairs(judged, whole, TraceSettings(), DpoSettings(), codec, 0, found, ("search",))
+    undo, step, keep = (next(pair for _, pair in found.pairs if pair.kind == kind) for kind in ("undo", "step", "keep"))
+    assert (
+        len(found.pairs) == 3
+        and not found.left_out
+        and not any(flaw(pair, codec.rule, codec.vocabulary) for _, pair in found.pairs)
+    )
+    at = undo.shared
+    assert codec.decode(undo.chosen_ids[:at]).text == attempt_text(BOXES, wrong)
+    assert undo.chosen_ids[at] == codec.rule.undo_id and codec.decode(undo.rejected_ids[at:]).text.startswith("3>>3")
+    assert codec.decode(step.rejected_ids).text == f"{saved(wrong)}\n" and keep.rejected_ids == (codec.rule.undo_id,)
+    own_pairs(judged, whole, TraceSettings(), DpoSettings(), codec, 0, nothing := Found())
+    assert not nothing.pairs  # none of these is a rollout of the round
