@@ -75,6 +75,9 @@ class GrpoSettings(PolicyTraining):
     row_tokens: int = Field(1024, ge=32, le=131_072, description="Tokens of a packed row.")
     check_every: int = Field(20, ge=1, description="Steps between two measurements on dev problems, greedy, with undo and without.")
     check_problems: int = Field(150, ge=4, le=100_000, description="Dev problems in such a measurement.")
+    keep: Literal["best", "last"] = Field(
+        "best", description="The model that was right on most dev problems (the start is one of them), or that of the last step."
+    )
     checkpoint_every: int = Field(10, ge=1, description="Steps between checkpoints, from which a killed run goes on.")
     control: bool = Field(False, description="The same for the clean control, without undo.")
     reward: RewardSettings = Field(RewardSettings(), description="What a rollout earns.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +116,11 @@ class Batch:
         return cls(value["problems"], rows, value["seconds"], value.get("version", ""))
 
 
+def _right(check: Record) -> float:
+    share: float = check["greedy_accuracy" if "greedy_accuracy" in check else "first_try_accuracy"]
+    return share
+
+
 class _Loop:
     def __init__(
         self, context: Context, name: str, source: Path, codec: Codec, mode: Mode, learner: Callable[[], GrpoLearner]
@@ -144,7 +150,7 @@ class _Loop:
         while True:
             try:
                 self._run()
-                return self._learner.save(target)
+                return self._write(target)
             except LearnerDied as error:
                 if not self._context.workers.restarts.take("the GRPO learner", error):
                     raise
@@ -164,6 +170,7 @@ class _Loop:
             progress.update(self._step)
             if not self.history:
                 self._note(self._check())
+                self._set_aside()
             while self._step < self._asked.steps:
                 while len(self._waiting) < max(1, self._asked.staleness):
                     self._waiting.append(self._roll())
@@ -389,6 +396,7 @@ class _Loop:
     def _measure(self) -> None:
         record = self._check()
         self._note(record)
+        self._set_aside()
         first = next(one for one in self.history if "first_try_accuracy" in one)
         before, now, n = first["first_try_accuracy"], record["first_try_accuracy"], record["n"]
         # Two standard errors of a difference between two shares of n.
@@ -420,6 +428,30 @@ class _Loop:
 
     # Checkpoints
 
+    def _best(self) -> Record:
+        """The check with the most dev problems right, with undo where the model has it; the newest of equals."""
+        return max((one for one in self.history if "first_tries" in one), key=lambda one: (_right(one), one["step"]))
+
+    def _aside(self, step: int) -> Path:
+        return self._kept.with_name(f"{self._kept.name}-best") / str(step)
+
+    def _set_aside(self) -> None:
+        """Save the model where no check was better. Older ones stay until the next checkpoint, which a killed run goes back to."""
+        if self._asked.keep == "best" and self._best()["step"] == self._step:
+            self._learner.save(self._aside(self._step))
+
+    def _write(self, target: Path) -> None:
+        """The model that the stage ends with."""
+        if self._asked.keep == "last":
+            return self._learner.save(target)
+        best, last = self._best(), next(one for one in reversed(self.history) if "first_tries" in one)
+        shutil.copytree(self._aside(best["step"]), target, dirs_exist_ok=True)
+        if _right(last) < _right(best):
+            self._context.terminal.warn(
+                f"{self._name}: kept is the model of step {best['step']}, right on {_right(best):.3f} of the {best['n']} dev "
+                f"problems; at step {last['step']} it is {_right(last):.3f} (grpo.keep)"
+            )
+
     def _save(self) -> None:
         state = {
             "step": self._step,
@@ -434,6 +466,10 @@ class _Loop:
             (folder / _STATE).write_text(json.dumps(state))
 
         save_step(self._kept, self._step, write)
+        aside = self._aside(self._best()["step"])
+        for older in aside.parent.glob("*"):
+            if older != aside:
+                shutil.rmtree(older)
 
     def _restore(self) -> None:
         newest = newest_step(self._kept)

@@ -315,12 +315,44 @@ def test_rollouts_that_were_cut_can_be_left_out(inputs: dict[str, Path], tmp_pat
 def test_falling_first_tries_are_warned_of(inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = iter([0.9, 0.85, 0.2])
     monkeypatch.setattr(
-        grpo._Loop, "_check", lambda self: {"step": self._step, "n": 100, "first_try_accuracy": next(measured)}, raising=True
+        grpo._Loop,
+        "_check",
+        lambda self: {"step": self._step, "n": 100, "first_try_accuracy": next(measured), "first_tries": {}},
+        raising=True,
     )
-    run = Run(inputs, tmp_path, settings_of())
+    run = Run(inputs, tmp_path, settings_of(keep="last"))
     run.start()
     said = "first tries are right in 0.200 of the 100 dev problems, at the start in 0.900: the model may be planting errors"
     assert run.terminal.warnings == [f"grpo: step 4: {said}"]
+
+
+@pytest.mark.parametrize(
+    ("measured", "step"),
+    [((0.5, 0.9, 0.1), 2), ((0.5, 0.1, 0.5), 4), ((0.9, 0.5, 0.6), 0)],
+    ids=["in between", "the newest of equals", "the start"],
+)
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_the_model_that_did_best_on_dev_problems_is_kept(
+    measured: tuple[float, ...], step: int, trainable: str, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle or not, and trained as if nothing had been set aside."""
+
+    def check(self: Any) -> dict[str, Any]:
+        share = measured[self._step // 2]
+        return {"step": self._step, "n": 100, "greedy_accuracy": share, "first_try_accuracy": 0.5, "first_tries": {}}
+
+    monkeypatch.setattr(grpo._Loop, "_check", check)
+    best, last = (Run(inputs, tmp_path / keep, settings_of(keep=keep, trainable=trainable)) for keep in ("best", "last"))
+    with pytest.raises(Killed):
+        best.start(killed_at=3)
+    assert without_times(best.start()) == without_times(last.start())
+    assert not differ(best.weights(), load_file(best.folder / "resume" / "grpo-best" / str(step) / "model.safetensors"))
+    assert differ(best.weights(), last.weights()) == (step < 4)
+    if step == 0 and trainable == "all":
+        assert not differ(best.weights(), load_file(inputs["sft"] / "model.safetensors"))
+    told = f"grpo: kept is the model of step {step}, right on {max(measured):.3f} of the 100 dev problems"
+    whole = f"{told}; at step 4 it is {measured[2]:.3f} (grpo.keep)"
+    assert best.terminal.warnings == ([whole] if step < 4 else []) and not last.terminal.warnings
 
 
 def test_parameters_are_counted_without_loading(inputs: dict[str, Path]) -> None:
