@@ -397,7 +397,7 @@ class _Loop:
         record = self._check()
         self._note(record)
         self._set_aside()
-        first = next(one for one in self.history if "first_try_accuracy" in one)
+        first = self._checks()[0]
         before, now, n = first["first_try_accuracy"], record["first_try_accuracy"], record["n"]
         # Two standard errors of a difference between two shares of n.
         slack = 2 * (2 * max(before * (1 - before), 0.01) / n) ** 0.5
@@ -428,9 +428,12 @@ class _Loop:
 
     # Checkpoints
 
+    def _checks(self) -> list[Record]:
+        return [one for one in self.history if "first_try_accuracy" in one]
+
     def _best(self) -> Record:
         """The check with the most dev problems right, with undo where the model has it; the newest of equals."""
-        return max((one for one in self.history if "first_tries" in one), key=lambda one: (_right(one), one["step"]))
+        return max(self._checks(), key=lambda one: (_right(one), one["step"]))
 
     def _aside(self, step: int) -> Path:
         return self._kept.with_name(f"{self._kept.name}-best") / str(step)
@@ -444,7 +447,7 @@ class _Loop:
         """The model that the stage ends with."""
         if self._asked.keep == "last":
             return self._learner.save(target)
-        best, last = self._best(), next(one for one in reversed(self.history) if "first_tries" in one)
+        best, last = self._best(), self._checks()[-1]
         shutil.copytree(self._aside(best["step"]), target, dirs_exist_ok=True)
         if _right(last) < _right(best):
             self._context.terminal.warn(

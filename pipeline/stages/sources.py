@@ -155,14 +155,15 @@ def own_errors(judged: Judged, made: Made, settings: TraceSettings, codec: Codec
     for problem_id in sorted(judged.wrong):
         tries = [one for one in judged.wrong[problem_id] if one.made == made]
         unique = list({(one.prefix, one.wrong_try.ids): one for one in tries}.values())
-        rng = random.Random(f"{seed}/{problem_id}/{made == 'near_miss'}")
+        hot = made == "near_miss"
+        rng = random.Random(f"{seed}/{problem_id}/{hot}")
         for first in unique:
             correction, way = _right_way(first, judged, codec)
             if way is None:
                 judged.dropped["no_correction"] += 1
                 continue
             solution = first.prefix + way
-            if made == "near_miss" and _nearness(first, way, codec) < settings.nearness:
+            if hot and _nearness(first, way, codec) < settings.nearness:
                 judged.dropped["not_near"] += 1
                 continue
             others = [one for one in unique if one is not first and _leaves(one, solution)]

@@ -315,10 +315,7 @@ def test_rollouts_that_were_cut_can_be_left_out(inputs: dict[str, Path], tmp_pat
 def test_falling_first_tries_are_warned_of(inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = iter([0.9, 0.85, 0.2])
     monkeypatch.setattr(
-        grpo._Loop,
-        "_check",
-        lambda self: {"step": self._step, "n": 100, "first_try_accuracy": next(measured), "first_tries": {}},
-        raising=True,
+        grpo._Loop, "_check", lambda self: {"step": self._step, "n": 100, "first_try_accuracy": next(measured)}, raising=True
     )
     run = Run(inputs, tmp_path, settings_of(keep="last"))
     run.start()
@@ -339,7 +336,7 @@ def test_the_model_that_did_best_on_dev_problems_is_kept(
 
     def check(self: Any) -> dict[str, Any]:
         share = measured[self._step // 2]
-        return {"step": self._step, "n": 100, "greedy_accuracy": share, "first_try_accuracy": 0.5, "first_tries": {}}
+        return {"step": self._step, "n": 100, "greedy_accuracy": share, "first_try_accuracy": 0.5}
 
     monkeypatch.setattr(grpo._Loop, "_check", check)
     best, last = (Run(inputs, tmp_path / keep, settings_of(keep=keep, trainable=trainable)) for keep in ("best", "last"))
