@@ -54,6 +54,10 @@ class ScratchModel(Section):
     heads: int = Field(4, ge=1, le=128, description="Attention heads; must divide the width.")
     vocab: int = Field(512, ge=300, le=200_000, description="Tokens of the BPE, trained on the training problems.")
     context: int = Field(512, ge=64, le=32_768, description="Longest row the model can see.")
+    undo_added: Literal["first", "last"] = Field(
+        "first",
+        description="Before training, which teaches its row that it never comes; or behind it, as to a loaded model.",
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

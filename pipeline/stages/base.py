@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def _from_scratch(context: Context) -> None:
     dev = [problem for problem in problems if problem.split == "dev"]
     texts = [f"{settings.base.prompt.format(question=problem.question)}{problem.solution}" for problem in learn]
     tokenizer = train_tokenizer(texts, settings.base.scratch.vocab)
+    without_undo = copy.deepcopy(tokenizer)
     model = new_model(settings.base.scratch, tokenizer, settings.run.seed)
     start = context.scratch / "untrained"
     _finish(model, tokenizer, settings, start)
@@ -53,6 +55,8 @@ def _from_scratch(context: Context) -> None:
         max_tokens=longest + 16,
     )
     traces = [clean_trace(codec, problem) for problem in learn]
+    added_last = settings.base.scratch.undo_added == "last"
+    trained = context.scratch / "trained" if added_last else context.out
     with context.terminal.stage("base", train.steps, "steps") as progress, context.workers.watch("base", 0) as watch:
 
         def show(curve: Curve) -> None:
@@ -61,7 +65,7 @@ def _from_scratch(context: Context) -> None:
 
         curve = context.workers.fit(
             start,
-            context.out,
+            trained,
             TrainingSet(traces, codec.rule),
             train,
             settings.run.seed,
@@ -70,6 +74,8 @@ def _from_scratch(context: Context) -> None:
             context.resume,
         )
         show(curve)
+    if added_last:
+        _finish(AutoModelForCausalLM.from_pretrained(trained), without_undo, settings, context.out)
     if curve.left_out:
         context.terminal.warn(f"base: {curve.left_out} problems are longer than base.train.row_tokens and were left out")
     write_json(curve_json(curve), context.out / "curve.json")
