@@ -232,7 +232,7 @@ def our_steps(
         sampled: list[Sampled] = []
         for start in range(0, len(asked), GROUP):
             group = [
-                Episode(Walk(prompt, one.ids, one.logprobs, one.banned, closed=one.closed), reward_of(list(one.ids)))
+                Episode(Walk(prompt, one.ids, one.logprobs, one.banned, closed=one.closed), reward_of(list(one.ids)), False)
                 for prompt, one in zip(asked[start : start + GROUP], decoded[start : start + GROUP], strict=True)
             ]
             earned = advantages(group, rule, "sequence")

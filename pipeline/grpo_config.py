@@ -51,9 +51,14 @@ class GrpoSettings(PolicyTraining):
     blame_deleted: bool = Field(
         True, description="Whether deleted ids of a rollout that earned little become less likely; they never become likelier."
     )
-    undo_credit: float = Field(0.0, ge=0, le=100, description="Added to the advantage of an undo that makes a state right.")
+    undo_credit: float = Field(
+        0.0, ge=0, le=100, description="Added to the advantage of an undo that makes a state right and ends right."
+    )
     error_credit: float = Field(
-        0.0, ge=0, le=100, description="Taken from the advantage of surviving ids that the judge finds wrong."
+        0.0,
+        ge=0,
+        le=100,
+        description="Taken from the advantage of surviving wrong ids, times the share of the group that ends right.",
     )
     undo: Literal["sampled", "epsilon"] = Field(
         "sampled",

@@ -28,6 +28,8 @@ class Episode:
 
     walk: Walk
     reward: float
+    correct: bool
+    """Whether it ended right."""
     runs: tuple[UndoRun, ...] = ()
     """Its runs of undos, judged."""
     wrong: tuple[int, ...] = ()
@@ -58,9 +60,11 @@ def advantages(
         undo_credit: added to each U of a run, times `own_credit`.
         blame_deleted: whether a deleted id may have a negative advantage; otherwise it has none. Blame without praise wears away
             whatever gets deleted, the right consequences that show a choice to be wrong as well.
-        error_credit: taken from the advantage of each wrong id: what the judge has localized needs no other rollout to be blamed.
+        error_credit: taken from the advantage of each wrong id, times the share of the group that ended right: what the state
+            was worth before it. Where nobody gets there, another choice would have been as wrong.
     """
     rewards = [one.reward for one in group]
+    blame = error_credit * fmean(one.correct for one in group)
     divisor = spread(rewards) + EPSILON if scale is None else scale
     mean, worst = fmean(rewards), min(rewards)
     if kind == "tree":
@@ -72,20 +76,21 @@ def advantages(
         scaled = [value / divisor for value in values]
         for run in one.runs:
             for index in range(run.start, run.end):
-                scaled[index] += undo_credit * own_credit(run)
+                scaled[index] += undo_credit * own_credit(run, one.correct)
         for index in one.wrong:
-            scaled[index] -= error_credit
+            scaled[index] -= blame
         deleted_by = apply_undo(one.walk.ids, rule).deleted_by
         least = -inf if blame_deleted else 0.0
         found.append(tuple(max(min(value, 0.0), least) if by >= 0 else value for value, by in zip(scaled, deleted_by, strict=True)))
     return found
 
 
-def own_credit(run: UndoRun) -> int:
-    """What a run of undos did: 1: it made a wrong state right that could be seen to be wrong; -1: it made a right one wrong, or
-    removed right text alone. Undoing what nothing speaks against yet is a guess at how often choices are wrong: 0."""
+def own_credit(run: UndoRun, correct: bool) -> int:
+    """What a run of undos did. 1: it made a wrong state right that could be seen to be wrong, and the rollout ended right: an undo
+    is worth what comes of it. -1: it made a right state wrong, or removed right text alone. Undoing what nothing speaks against
+    yet is a guess at how often choices are wrong: 0."""
     if run.improvement > 0:
-        return int(run.seen)
+        return int(run.seen and correct)
     return run.improvement or -(run.unnecessary > 0)
 
 

@@ -262,16 +262,15 @@ class _Loop:
         size = self._asked.group
         flat = self._flat(scored, len(batch.problems))
         groups = [range(at * size, at * size + size) for at in range(len(batch.problems))]
-        wrong = [self._wrong(one) for one in rollouts]
         if not self._asked.beta:  # nothing but the distance from the reference could be learned from them
-            groups = [group for at, group in enumerate(groups) if at not in flat or any(wrong[row] for row in group)]
+            groups = [group for at, group in enumerate(groups) if at not in flat]
         dropped = len(batch.problems) - len(groups)
         record = self._figures(batch, rollouts, scored) | {"groups_dropped": dropped, "judge_seconds": judge_seconds}
         if not groups:
             self._nothing_to_learn()
             return record
         self._empty = 0
-        sampled, numbers = self._sampled(batch, rollouts, wrong, scored, groups)
+        sampled, numbers = self._sampled(batch, rollouts, scored, groups)
         return record | self._learner.learn(numbers, sampled)
 
     def _reward(self, batch: Batch, progress: float) -> tuple[list[JudgedRollout], Scored]:
@@ -344,7 +343,6 @@ class _Loop:
         self,
         batch: Batch,
         rollouts: Sequence[JudgedRollout],
-        wrong: Sequence[tuple[int, ...]],
         scored: Scored,
         groups: Sequence[range],
     ) -> tuple[list[Sampled], list[list[int]]]:
@@ -359,9 +357,9 @@ class _Loop:
             prompt = self._codec.prompt_ids(self._problems[batch.problems[group.start // asked.group]])
             episodes = []
             for row in group:
-                one = batch.decoded[row]
+                one, seen = batch.decoded[row], rollouts[row]
                 walk = Walk(prompt, one.ids, one.logprobs, one.banned, closed=one.closed)
-                episodes.append(Episode(walk, scored.rewards[row], rollouts[row].undo_runs, wrong[row]))
+                episodes.append(Episode(walk, scored.rewards[row], seen.correct, seen.undo_runs, self._wrong(seen)))
             earned = advantages(
                 episodes, self._codec.rule, asked.credit, scale, asked.undo_credit, self._decoding.rewinding, asked.blame_deleted,
                 asked.error_credit,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -30,7 +31,7 @@ from pipeline.stages import grpo
 from pipeline.stages.io import Codec
 from pipeline.stages.stage import Context, StageError
 from rewards.combine import RewardError
-from rewards.rollout import JudgedRollout
+from rewards.rollout import JudgedRollout, judged
 from tests.pipeline.saved import save_problems_and_models
 
 MAX_TOKENS = 20
@@ -287,16 +288,29 @@ def test_groups_without_spread_are_left_out_and_at_last_end_the_stage(inputs: di
     assert run.learners[0].rollouts == []
 
 
-def test_what_the_judge_localizes_is_learned_from_without_any_spread(inputs: dict[str, Path], tmp_path: Path) -> None:
-    run = Run(inputs, tmp_path, settings_of("nothing", steps=1, error_credit=0.5))
-    record = next(one for one in run.start() if "reward" in one)
-    assert record["groups_dropped"] == 0 and run.terminal.warnings == []
+def test_what_the_judge_localizes_is_blamed_where_others_end_right(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every fourth rollout of a group of four is called right here, since a random model solves nothing."""
+    seen: list[JudgedRollout] = []
+
+    def called_right(*given: Any) -> JudgedRollout:
+        seen.append(replace(judged(*given), correct=len(seen) % 4 == 0))
+        return seen[-1]
+
+    monkeypatch.setattr(grpo, "judged", called_right)
+    with_credit, without = (Run(inputs, tmp_path / str(credit), settings_of(steps=1, error_credit=credit)) for credit in (0.5, 0.0))
+    for run in (with_credit, without):
+        run.start()
     codec = Codec(inputs["sft"], UndoSettings(unit="token"), "{question}\n")
-    learned = run.learners[0].rollouts[0]
-    assert {value for one in learned for value in one.advantages} == {0.0, -0.5}
-    for one in learned:
+    taken = []
+    for one, same in zip(with_credit.learners[0].rollouts[0], without.learners[0].rollouts[0], strict=True):
+        assert one.walk.ids == same.walk.ids
         deleted_by = apply_undo(one.walk.ids, codec.rule).deleted_by
-        assert all(by < 0 for by, value in zip(deleted_by, one.advantages, strict=True) if value)
+        lost = [after - before for before, after in zip(same.advantages, one.advantages, strict=True)]
+        assert not any(value for by, value in zip(deleted_by, lost, strict=True) if by >= 0)
+        taken += [value for value in lost if value]
+    assert taken == pytest.approx([-0.5 / 4] * len(taken)) and taken
 
 
 def test_a_reward_that_is_no_number_stops_the_stage(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def episode(ids: Sequence[int], reward: float, *wrong: int, prompt: tuple[int, .
         if end > at:
             runs.append(UndoRun(at, end, len(runs) not in wrong, True, 0, 0))
         at = end + 1
-    return Episode(Walk(prompt, tuple(ids)), reward, tuple(runs))
+    return Episode(Walk(prompt, tuple(ids)), reward, True, tuple(runs))
 
 
 def credited(*group: Episode, kind: Credit = "tree", rewinding: Rewinding = "immediate") -> list[list[float]]:
@@ -91,7 +91,7 @@ def test_undo_credit_is_added_to_each_undo_of_a_run(kind: Credit) -> None:
         *(UndoRun(2, 4, False, True, 0, 0), UndoRun(5, 6, True, False, 1, 0)),
         *(UndoRun(7, 8, False, False, 0, 0), UndoRun(9, 10, True, True, 1, 0)),
     )
-    group = [Episode(Walk(PROMPT, ids), 1.0, runs), episode((4,), 0.0)]
+    group = [Episode(Walk(PROMPT, ids), 1.0, True, runs), episode((4,), 0.0)]
     without, with_credit = (advantages(group, TOKEN, kind, 2.0, undo_credit)[0] for undo_credit in (0.0, 0.25))
     difference = [after - before for before, after in zip(without, with_credit, strict=True)]
     assert difference == pytest.approx([0, 0, 0.25, 0.25, 0, -0.25, 0, 0, 0, -0.25])
@@ -99,17 +99,28 @@ def test_undo_credit_is_added_to_each_undo_of_a_run(kind: Credit) -> None:
 
 def test_an_undo_before_any_evidence_earns_nothing_of_its_own() -> None:
     run = UndoRun(2, 4, False, True, 0, 0)
-    assert [own_credit(one) for one in (run, replace(run, seen=False), replace(run, seen=False, after=False))] == [1, 0, 0]
+    assert [own_credit(one, True) for one in (run, replace(run, seen=False), replace(run, seen=False, after=False))] == [1, 0, 0]
+
+
+def test_an_undo_is_worth_what_comes_of_it() -> None:
+    """Behind a right one the rollout may fail all the same; a wrong one is wrong whatever comes."""
+    run = UndoRun(2, 4, False, True, 0, 0)
+    spurious = (replace(run, before=True, after=False), replace(run, before=True, unnecessary=1))
+    assert [own_credit(one, False) for one in (run, *spurious)] == [0, -1, -1]
+    assert [own_credit(one, True) for one in spurious] == [-1, -1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_error_credit_is_taken_from_what_the_judge_finds_wrong(kind: Credit) -> None:
-    """Whatever the others of the group have earned, and not divided by the scale."""
+    """By the share of the group that ended right, and not divided by the scale."""
     group = [replace(episode((1, 2, 3), 0.5), wrong=(1, 2)), episode((1, 4), 0.5)]
     assert advantages(group, TOKEN, kind, 2.0, error_credit=0.25) == near((0, -0.25, -0.25), (0, 0))
     apart = [replace(group[0], reward=1.0), group[1]]
     without, with_credit = (advantages(apart, TOKEN, kind, 2.0, error_credit=credit)[0] for credit in (0.0, 0.25))
     assert [a - b for a, b in zip(without, with_credit, strict=True)] == pytest.approx([0, 0.25, 0.25])
+    for right, share in (((False, True), 0.5), ((False, False), 0.0)):
+        some = [replace(one, correct=correct) for one, correct in zip(group, right, strict=True)]
+        assert advantages(some, TOKEN, kind, 2.0, error_credit=0.25) == near((0, -0.25 * share, -0.25 * share), (0, 0))
 
 
 # ---- tree ----
