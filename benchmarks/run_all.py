@@ -2,9 +2,9 @@
 
     python benchmarks/run_all.py [--quick] [--run RUN] [NAME ...]      (make bench ARGS=--quick)
 
-Each script runs in a process of its own and ends with one JSON line, which is what is read. One that fails, or takes too long, is
-shown as failed; the others go on. What stands outside of the two marks in the page is written by hand and stays. With names, only
-these are run, and the page stays as it is.
+Each script runs in a process of its own and ends with one JSON line, of which the numbers are read. One that fails, or takes too
+long, is shown as failed, and one that lacks something (exit code 2) as not measured; the others go on. What stands outside of the
+two marks in the page is written by hand and stays. With names, only these are run, and the page stays as it is.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Measured:
     goals: dict[str, Any] = field(default_factory=dict)
     why: str = ""
     """The last line of what it said, where it failed."""
+    lacks: bool = False
+    """It was not run for want of what it needs, which `why` names."""
 
 
 def measure(script: Path, options: Sequence[str], timeout: float) -> Measured:
@@ -64,8 +66,10 @@ def measure(script: Path, options: Sequence[str], timeout: float) -> Measured:
         found = json.loads(said[-1], parse_constant=lambda _: None)
         figures, goals, ok = dict(found["figures"]), dict(found["goals"]), found["ok"] is True
     except (IndexError, ValueError, KeyError, TypeError):
-        last = next((line for line in reversed(error.splitlines()) if line.strip()), said[-1] if said else "said nothing")
-        return Measured(script.stem, seconds, None, why=f"exit code {process.returncode}: {last.strip()[:200]}")
+        last = next((line for line in reversed(error.splitlines()) if line.strip()), said[-1] if said else "said nothing").strip()
+        if process.returncode == 2:
+            return Measured(script.stem, seconds, None, why=last[:200], lacks=True)
+        return Measured(script.stem, seconds, None, why=f"exit code {process.returncode}: {last[:200]}")
     return Measured(script.stem, seconds, ok, figures, goals)
 
 
@@ -74,13 +78,23 @@ def lines_of(results: Sequence[Measured], how: str, machine: str) -> list[str]:
     lines = [BEGIN, "", f"`python benchmarks/run_all.py{how}`: {machine}.", ""]
     lines += ["| script | result | seconds | figures with a goal | other figures |", "|---|---|---|---|---|"]
     for one in results:
-        result = "**failed**" if one.ok is None else "goals reached" if one.ok else "**a goal was missed**"
-        result = "no goals" if one.ok and not one.goals else result
         aimed = ", ".join(f"{name} {_value(one.figures.get(name))} (goal {_value(goal)})" for name, goal in one.goals.items())
-        rest = ", ".join(f"{name} {_value(value)}" for name, value in one.figures.items() if name not in one.goals)
-        cells = (f"`{one.name}.py`", result, f"{one.seconds:.0f}", _cell(aimed or one.why), _cell(rest))
+        others = {
+            name: value for name, value in one.figures.items() if name not in one.goals and not isinstance(value, dict | list)
+        }
+        rest = _cell(", ".join(f"{name} {_value(value)}" for name, value in others.items()))
+        folded = f"<details><summary>{len(others)}</summary>{rest}</details>" if others else ""
+        cells = (f"`{one.name}.py`", _result(one), f"{one.seconds:.0f}", _cell(aimed or one.why), folded)
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", END]
+
+
+def _result(one: Measured) -> str:
+    if one.ok is None:
+        return "not measured" if one.lacks else "**failed**"
+    if not one.ok:
+        return "**a goal was missed**"
+    return "goals reached" if one.goals else "no goals"
 
 
 def _value(value: Any) -> str:
@@ -142,8 +156,8 @@ def run(scripts: Sequence[Path], options: argparse.Namespace, say: Callable[[str
         if options.run and '"--run"' in script.read_text(encoding="utf-8"):
             given += ["--run", options.run]
         one = measure(script, given, options.timeout)
-        word = f"failed, {one.why}" if one.ok is None else "ok" if one.ok else "a goal was missed"
-        say(f"{one.name}: {word} ({one.seconds:.0f} s)")
+        said = _result(one).strip("*") + (f", {one.why}" if one.why else "")
+        say(f"{one.name}: {said} ({one.seconds:.0f} s)")
         results.append(one)
     return results
 
@@ -176,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         part.write_text(written(page, lines), encoding="utf-8")
         part.replace(options.page)
         print(f"written: {options.page}")
-    return int(any(one.ok is None for one in results))
+    return int(any(one.ok is None and not one.lacks for one in results))
 
 
 if __name__ == "__main__":

@@ -10,18 +10,23 @@ from benchmarks import run_all
 
 GOOD = """import sys, json
 print("a table", sys.argv[1:])
-figures = {"ratio": 1.23456, "n": 7, "gone": float("nan")}
+figures = {"ratio": 1.23456, "n": 7, "gone": float("nan"), "curve": [1, 2]}
 print(json.dumps({"benchmark": "good", "figures": figures, "goals": {"ratio": 1}, "ok": True}))
 """
 MISSED = """print('{"benchmark": "missed", "figures": {"a|b": 1}, "goals": {"a|b": 2, "other": 3}, "ok": false}')
 raise SystemExit(1)
 """
-PAGE = f"# Benchmarks\n\nBy hand.\n\n{run_all.BEGIN}\nold\n{run_all.END}\n\nWhat it means.\n"
+NEEDS = """import sys
+print("set DATA to a folder", file=sys.stderr)
+sys.exit(2)
+"""
+PAGE = f"# Benchmarks\n\nBy hand.\n\n{run_all.BEGIN}\nlast time\n{run_all.END}\n\nWhat it means.\n"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name, code in {"good": GOOD, "missed": MISSED, "broken": "print('x')\nraise OSError('no such <run>')"}.items():
+    broken = "print('x')\nraise OSError('no such <run>')"
+    for name, code in {"good": GOOD, "missed": MISSED, "broken": broken, "needs": NEEDS}.items():
         (tmp_path / f"{name}.py").write_text(code)
     (tmp_path / "page.md").write_text(PAGE)
     return tmp_path
@@ -35,18 +40,19 @@ def test_every_script_is_run_and_the_rest_of_the_page_stays(folder: Path, capsys
     assert bench(folder, "--quick") == 1  # one has failed
     page = (folder / "page.md").read_text()
     assert page.startswith("# Benchmarks\n\nBy hand.\n\n") and page.endswith(f"{run_all.END}\n\nWhat it means.\n")
-    assert "old" not in page and "run_all.py --quick`" in page and "cores" in page and "Python 3" in page
+    assert "last time" not in page and "run_all.py --quick`" in page and "cores" in page and "Python 3" in page
     rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
-    assert list(rows) == ["broken.py", "good.py", "missed.py"]
-    assert "goals reached" in rows["good.py"] and "ratio 1.235 (goal 1) | n 7, gone –" in rows["good.py"]
+    assert list(rows) == ["broken.py", "good.py", "missed.py", "needs.py"]
+    assert "goals reached" in rows["good.py"] and "ratio 1.235 (goal 1) | <details><summary>2</summary>n 7, gone –<" in rows["good.py"]
     assert "**a goal was missed**" in rows["missed.py"] and "a\\|b 1 (goal 2), other – (goal 3)" in rows["missed.py"]
     assert "**failed**" in rows["broken.py"] and "exit code 1: OSError: no such &lt;run>" in rows["broken.py"]
-    assert "good: ok" in capsys.readouterr().out
+    assert "not measured" in rows["needs.py"] and "set DATA to a folder" in rows["needs.py"]
+    assert "good: goals reached" in capsys.readouterr().out
     assert bench(folder, "--quick") == 1 and (folder / "page.md").read_text().count(run_all.BEGIN) == 1
 
 
 def test_names_leave_the_page_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench(folder, "good") == 0
+    assert bench(folder, "good", "needs") == 0  # what lacks something has not failed
     assert (folder / "page.md").read_text() == PAGE and "| `good.py` |" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         bench(folder, "nothing")
