@@ -136,15 +136,14 @@ def curves(kit: Kit, pool: Sequence[Problem], count: int, samples: int) -> dict[
                 ratios[f"{name} / search, tokens to solve {level:.0%}"] = round(other / mine, 2) if other else None
     for name, ratio in ratios.items():
         print(f"{name:50} {ratio or 'out of reach of best of n'}")
-    # Where search solves less than half there is nothing to compare.
-    reached = [one for name, one in ratios.items() if one and "50%" in name]
+    half = half_ratio([tokens_for(budgets, values, 0.5) for values in sides.values()])
     return {
         "problems": len(problems),
         "budgets": [round(one) for one in budgets],
         "curves": {name: [round(one, 4) for one in values] for name, values in sides.items()},
         "by_simulations": by_count,
         "token_ratios": ratios,
-        **({"token_ratio": min(reached)} if reached else {}),
+        **({} if half is None else {"token_ratio": half}),
     }
 
 
@@ -213,6 +212,15 @@ def tokens_for(budgets: Sequence[float], values: Sequence[float], level: float) 
         if low < level <= high:
             return budgets[place - 1] + (level - low) / (high - low) * (budgets[place] - budgets[place - 1])
     return None
+
+
+def half_ratio(tokens: Sequence[float | None]) -> float | None:
+    """Least tokens of the samplings over those of search, the first of `tokens`, to solve half; 0 where some sampling solves half
+    and search does not, None where there is nothing to divide."""
+    search, others = tokens[0], [one for one in tokens[1:] if one]
+    if not others:
+        return None
+    return round(min(others) / search, 2) if search else 0.0
 
 
 def throughput(kit: Kit, pool: Sequence[Problem], quick: bool) -> dict[str, float]:

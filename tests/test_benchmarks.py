@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run_all
+from benchmarks.search import half_ratio
 
 GOOD = """import sys, json
 print("a table", sys.argv[1:])
@@ -75,3 +76,10 @@ def test_a_page_without_its_marks_is_refused_before_anything_runs(folder: Path, 
 
 def test_the_real_page_has_its_marks() -> None:
     assert run_all.written(run_all.PAGE.read_text(), ["x"]).count("x\n")
+
+
+def test_a_search_that_samples_beat_has_missed_its_goal() -> None:
+    """And where nobody solves half, or search alone does, there is no ratio."""
+    assert half_ratio([100.0, 250.0, 194.0]) == 1.94
+    assert half_ratio([None, 250.0, None]) == 0.0
+    assert half_ratio([None, None, None]) is None is half_ratio([100.0, None, None])

@@ -212,7 +212,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "grpo",
-        3,
+        4,
         lambda round: (_PROBLEMS, _model(round), Input("sft", round, "sft")),
         lambda s: (
             _generation(s)
