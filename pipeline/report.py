@@ -234,6 +234,7 @@ def render(page: Page) -> str:
         page=page,
         last=last,
         models=models,
+        decoded=list(dict.fromkeys(row["model"] for row in evaluations if row["round"] == last)),
         trained=next((name for name in TRAINED if name in models), "sft"),
         probed=list(dict.fromkeys(row["model"] for row in metrics["probes"] if row["round"] == last)),
         kinds=list(KINDS),

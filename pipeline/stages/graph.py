@@ -255,7 +255,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "report",
-        9,
+        10,
         lambda round: (
             _PROBLEMS,
             _BASE,

@@ -21,7 +21,7 @@ UNDO = 99
 STEP = UndoRule(UNDO, "step", frozenset({0}))
 TOKEN = UndoRule(UNDO, "token")
 FAMILIES = {"chain": False, "shop": False, "boxes": True, "legs": True}
-RATES = {"base": 0.6, "clean_control": 0.72, "sft": 0.85, "grpo": 0.9}
+RATES = {"base": 0.6, "clean_control": 0.72, "in_context": 0.75, "sft": 0.85, "grpo": 0.9}
 
 
 def evaluated(

@@ -230,6 +230,15 @@ class TestPage:
             assert re.findall(r'<tr><th scope="row">(\w+)', table) == [*modes, "forbidden"] * 3
             parsed(html)
 
+    def test_a_model_that_is_decoded_in_another_mode_alone_has_its_rows_too(self) -> None:
+        html = render(page([*evaluated(modes=("rewind", "guided")), *evaluated(("in_context",), modes=("soft",))]))
+        table = html[html.index("Mode by mode") : html.index("</table>", html.index("Mode by mode"))]
+        before, here = table.split("<small>in_context</small>")
+        assert "control that searches in its context" in before and '<th scope="row">soft' not in before
+        assert set(re.findall(r'<tr><th scope="row">(\w+)', here)) == {"soft", "forbidden"}
+        assert "<small>in_context</small>" not in html[: html.index("Mode by mode")]  # no place among those of the main mode
+        parsed(html)
+
     def test_the_page_says_how_it_was_decoded(self) -> None:
         html = render(page())
         assert "gone from the model's context, undo written exactly where its probability is above 0.7 and what was taken" in html
