@@ -115,7 +115,9 @@ def _svg(plots: Sequence[Plot], size: tuple[float, float], name: str) -> str:
     svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)  # it would hold for the whole page
     for variable, colour in _LATER.named().items():
         svg = svg.replace(colour, f"var(--{variable})")
-    return svg
+    # Matplotlib indents, and gives each point of a path a line of its own.
+    svg = re.sub(r"\n\s*", "\n", svg)
+    return re.sub(r' d="[^"]*"', lambda path: " ".join(path[0].split("\n")), svg)
 
 
 def _settings(colours: Colours, salt: str) -> dict[Any, Any]:
