@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.metrics import BASELINES, IN_CONTEXT, TRAINED
+from pipeline.metrics import IN_CONTEXT, SELECTED, TRAINED
 from pipeline.report import p_value, points
 from pipeline.statistics import share
 
@@ -108,7 +108,7 @@ def _of_accuracy(last: _Last) -> Iterator[tuple[str, Said]]:
         "Where the evidence comes after the choice, undo solves more than as much training on clean solutions",
         _difference(last.against(clean, "hindsight"), "needs hindsight problems and the clean control"),
     )
-    baselines = [f"{control} {mode}" for mode in BASELINES if mode != "guided"] if control else []
+    baselines = [f"{control} {mode}" for mode in SELECTED] if control else []
     yield (
         "There it solves more than controls with as many tokens for the best of several samples, or for tries kept in the context",
         _against_the_best([last.against(name, "hindsight") for name in (*baselines, IN_CONTEXT)]),

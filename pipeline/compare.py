@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.arguments import OneLineParser, positive
-from pipeline.metrics import KIND_GROUPS, groups
+from pipeline.metrics import KIND_GROUPS, SELECTED, groups
 from pipeline.statistics import Paired, bootstrap, paired
 from pipeline.store import Store, StoreError
 from pipeline.store.remote import Remote
@@ -185,7 +185,7 @@ def _by_place(rows: Sequence[Mapping[str, Any]]) -> dict[Place, dict[str, Row]]:
         one = Row(name, row["family"], row["hindsight"], row["correct"], row["tokens"])
         found.setdefault((model, mode, at), {})[name] = one
         first = replace(one, correct=row["first_correct"], tokens=len(row["first_token_ids"]))
-        if mode not in ("vote", "best_of_n"):
+        if mode not in SELECTED:
             found.setdefault((model, "forbidden", at), {}).setdefault(name, first)  # the main mode comes first
     return found
 

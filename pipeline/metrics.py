@@ -13,7 +13,9 @@ from pipeline.statistics import auroc, bootstrap, paired, share
 
 TRAINED = ("grpo", "dpo", "sft")
 """Models that a round may end with, the last one first."""
-BASELINES = ("guided", "vote", "best_of_n")
+SELECTED = ("vote", "likeliest", "best_of_n")
+"""Modes that take one of several samples."""
+BASELINES = ("guided", *SELECTED)
 """Modes in which another detector, or more tokens, stand against trained undos."""
 IN_CONTEXT = "in_context soft"
 """Model and mode of the control that keeps its failed tries in its context."""

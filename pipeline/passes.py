@@ -32,6 +32,8 @@ class Sample:
     """Of the surviving text, equal answers spelt alike; None where it gives none."""
     tokens: int
     """All emitted ones, deleted ones included."""
+    logprob: float | None
+    """Of all of them together, as in `Decoded.logprobs`; None where the engine was not asked for it."""
     undos: int
     finish: str
     token_ids: Sequence[int]

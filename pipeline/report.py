@@ -297,6 +297,7 @@ def phrase(name: str, trained: str = "sft") -> str:
         means = {
             "guided": " guided by a signal",
             "vote": " by majority vote",
+            "likeliest": " by the likeliest of several samples",
             "best_of_n": " by the process reward model's choice",
         }.get(mode, "")
         return _PHRASES.get(model, model.replace("_", " ")) + means

@@ -161,7 +161,8 @@ def test_report_and_metrics_stand_beside_the_rounds(finished: tuple[Path, str]) 
     metrics = json.loads((folder / "metrics.json").read_text())
     models = {(row["model"], row["mode"]) for row in metrics["evaluations"]}
     modes = ("rewind", "soft", "forbidden")
-    assert models == {(model, mode) for model in ("base", "clean_control", "sft") for mode in modes} | {("clean_control", "vote")}
+    trained = {(model, mode) for model in ("base", "clean_control", "sft") for mode in modes}
+    assert models == trained | {("clean_control", mode) for mode in ("vote", "likeliest")}
     assert {one["mode"] for one in metrics["rounds"]} == {"rewind"}
     assert {one["after"] for one in metrics["comparisons"]} == {"sft rewind"}
     page = (folder / "report.html").read_text()

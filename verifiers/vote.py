@@ -1,7 +1,8 @@
-"""Majority vote over samples of one problem: the control that spends its tokens on more tries instead of on undos."""
+"""Choices among samples of one problem: the control that spends its tokens on more tries instead of on undos."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pipeline.passes import plurality
@@ -23,6 +24,21 @@ def majority(texts: Sequence[str]) -> int:
     if not texts:
         raise ValueError("a vote needs at least one text")
     return plurality([answer_key(text) for text in texts])
+
+
+def likeliest(logprobs: Sequence[Sequence[float]]) -> int:
+    """Index of the sample with the highest probability, the product of its tokens' own; of equal ones the first.
+
+    Args:
+        logprobs: for each sample those of its tokens.
+
+    Raises:
+        ValueError: no sample, or one without tokens, whose probability would be 1.
+    """
+    if not logprobs or not all(logprobs):
+        raise ValueError("the likeliest of samples needs one at least, and log-probabilities of each")
+    scores = [math.fsum(one) for one in logprobs]
+    return scores.index(max(scores))
 
 
 def answer_key(text: str) -> str | None:

@@ -45,13 +45,13 @@ def decode(
     mode: Mode,
     on_rows: Callable[[int, int], None] = silent,
 ) -> list[Completion]:
-    """Completions by the engine of a mode."""
+    """Completions by the engine of a mode. With log-probabilities (`Decoded.logprobs`), but for mode `soft`."""
     if mode == "soft":
         return generate(context, model, requests, temperature, codec, mode, on_rows)
     decoding, longest = evaluation_decoding(context.settings, codec, mode, temperature), context_length(context)
     decoding = replace(decoding, signal=named_signal(decoding.signal, context.inputs.get("prm"), model.name))
     done = context.workers.decode(model.folder, requests, decoding, longest, on_rows)
-    return [Completion(one.ids, (), one.finish) for one in done]
+    return [Completion(one.ids, one.logprobs, one.finish) for one in done]
 
 
 def generate(

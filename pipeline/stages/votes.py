@@ -1,10 +1,11 @@
-"""Majority vote of the clean control with at least the tokens of the fine-tuned model: what its undos have to beat; the choice of a
-process reward model among the same samples; and pass@k of these, and of samples of the trained model, at equal tokens."""
+"""What the clean control makes of at least the tokens of the fine-tuned model, which its undos have to beat: the majority vote
+of several samples, the likeliest of them, a process reward model's choice. Pass@k of these, and of samples of the trained model,
+at equal tokens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
@@ -12,7 +13,7 @@ from datasets import Features, Value
 from datasets import List as ListOf
 
 from actors.engines import Completion
-from actors.prm import Score, best_of
+from actors.prm import best_of
 from pipeline.backtrack.cursor import DecodeRequest, Mode
 from pipeline.backtrack.undo import apply_undo
 from pipeline.metrics import Evaluated
@@ -25,7 +26,7 @@ from pipeline.stages.rollouts import rolled, row_seed
 from pipeline.stages.stage import Context
 from pipeline.tasks.problem import Problem
 from verifiers.tasks import judge_of
-from verifiers.vote import answer_key, majority
+from verifiers.vote import answer_key, likeliest, majority
 
 SAMPLES = Features(
     {
@@ -40,22 +41,23 @@ SAMPLES = Features(
         "correct": Value("bool"),
         "answer": Value("string"),
         "tokens": Value("int32"),
+        "logprob": Value("float64"),
         "undos": Value("int32"),
         "finish": Value("string"),
         "token_ids": ListOf(Value("int32")),
     }
 )
 
-VOTE, BEST = "vote", "best_of_n"
-"""What the modes are called in rows and metrics: by majority, and by a process reward model's choice."""
+VOTE, LIKELIEST, BEST = "vote", "likeliest", "best_of_n"
+"""What the modes are called in rows and metrics: by majority, by the model's own probability, by a process reward model."""
 LEAST = 3  # of two votes the first one wins
 
 
 def vote(
     context: Context, models: Sequence[Model], rows: Sequence[Evaluated], test: Sequence[Problem], codec: Codec
 ) -> tuple[list[Evaluated], list[Sample]]:
-    """Rows of the votes, and all samples: of the clean control with undo forbidden, or of the start model where there is none; and
-    of the trained model with undo where `evaluate.samples` asks for them.
+    """Rows of what was chosen, and all samples: of the clean control with undo forbidden, or of the start model where there is
+    none; and of the trained model with undo where `evaluate.samples` asks for them.
 
     Args:
         rows: what the models have made of the test split in the main mode.
@@ -89,11 +91,19 @@ def vote(
         context.rollouts.write([replace(line, model=one.model, undos=one.undos, correct=one.correct) for line, one in told])
         if model is own:
             by_problem = {row.problem: row for row in mine}
-            elections = elected(test, done, number, by_problem, codec)
+            batches = [done[start : start + number] for start in range(0, len(done), number)]
+            taken = {
+                VOTE: [majority([codec.decode(one.token_ids).text for one in some]) for some in batches],
+                LIKELIEST: [likeliest([one.logprobs for one in some]) for some in batches],
+            }
             if verifiers := context.inputs.get("prm"):
                 states = [(request.prompt_ids, one.token_ids) for request, one in zip(wanted, done, strict=True)]
                 values = context.workers.verifiers().step_values(verifiers / PRM, states)
-                elections += elected(test, done, number, by_problem, codec, values, context.settings.prm.score)
+                parts = [values[start : start + number] for start in range(0, len(done), number)]
+                taken[BEST] = [best_of(some, context.settings.prm.score) for some in parts]
+            for name, winners in taken.items():
+                of_all = zip(test, batches, winners, strict=True)
+                elections += [elected(name, problem, some, won, by_problem[problem.id], codec) for problem, some, won in of_all]
     return elections, samples
 
 
@@ -112,6 +122,7 @@ def _sample(model: str, mode: str, problem: Problem, number: int, done: Completi
         correct=judge_of(problem).correct(problem, text),
         answer=answer_key(text),
         tokens=len(done.token_ids),
+        logprob=sum(done.logprobs) if done.logprobs else None,
         undos=undone.undos,
         finish=done.finish,
         token_ids=done.token_ids,
@@ -141,42 +152,25 @@ def requests_for(problems: Sequence[Problem], codec: Codec, votes: int, seed: in
     ]
 
 
-def elected(
-    problems: Sequence[Problem],
-    done: Sequence[Completion],
-    votes: int,
-    own: Mapping[str, Evaluated],
-    codec: Codec,
-    values: Sequence[Sequence[float]] | None = None,
-    how: Score = "last",
-) -> list[Evaluated]:
-    """One row a problem: the answer that most of its `votes` samples give, and the tokens of all of them.
+def elected(mode: str, problem: Problem, samples: Sequence[Completion], winner: int, own: Evaluated, codec: Codec) -> Evaluated:
+    """The row of a sample that was taken out of several, with the tokens of all of them.
 
     Args:
-        done: [problems x votes] samples, problem by problem.
-        own: the control's row in the main mode, by problem.
-        values: for each sample those of its steps; the sample that they score highest is taken then, not the majority's.
-        how: what makes a score of them.
+        mode: what the row is called.
+        winner: index of the sample.
+        own: the control's row in the main mode.
     """
-    rows = []
-    for index, problem in enumerate(problems):
-        part = slice(index * votes, (index + 1) * votes)
-        samples = done[part]
-        texts = [codec.decode(sample.token_ids).text for sample in samples]
-        winner = majority(texts) if values is None else best_of(values[part], how)
-        rows.append(
-            replace(
-                own[problem.id],
-                mode=VOTE if values is None else BEST,
-                correct=judge_of(problem).correct(problem, texts[winner]),
-                rationalised=rationalises(problem, texts[winner]),
-                tokens=sum(len(sample.token_ids) for sample in samples),
-                undos=0,
-                noops=0,
-                spurious=0,
-                undo_lengths=(),
-                finish=samples[winner].finish,
-                token_ids=samples[winner].token_ids,
-            )
-        )
-    return rows
+    text = codec.decode(samples[winner].token_ids).text
+    return replace(
+        own,
+        mode=mode,
+        correct=judge_of(problem).correct(problem, text),
+        rationalised=rationalises(problem, text),
+        tokens=sum(len(sample.token_ids) for sample in samples),
+        undos=0,
+        noops=0,
+        spurious=0,
+        undo_lengths=(),
+        finish=samples[winner].finish,
+        token_ids=samples[winner].token_ids,
+    )

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from datasets import load_from_disk
 from transformers import AutoModelForCausalLM
 
@@ -281,23 +282,40 @@ def test_a_run_of_undos_is_spurious_from_where_it_has_gone_too_far(inputs: dict[
     assert spurious("token", folder, f"{START}=", VALUE, 2) == 2
 
 
-def test_the_vote_is_that_of_samples_decoded_alone(inputs: dict[str, Path], tmp_path: Path) -> None:
+def scored(folder: Path, codec: Codec, problem: Problem, ids: Sequence[int]) -> float:
+    """log P(ids | prompt) where neither U nor a spare row of the embedding can come, by one forward pass."""
+    prompt = codec.prompt_ids(problem)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        logits_LV = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+    logits_LV[:, [codec.rule.undo_id, *range(codec.vocabulary, logits_LV.shape[1])]] = -torch.inf
+    return float(logits_LV.log_softmax(-1)[range(len(ids)), list(ids)].sum())
+
+
+def test_the_vote_and_the_likeliest_are_those_of_samples_decoded_alone(inputs: dict[str, Path], tmp_path: Path) -> None:
     rows = evaluated(inputs, tmp_path, settings_of(modes=["rewind"], votes=5, vote_temperature=0.5))
-    votes = [row for row in rows if row["mode"] == "vote"]
+    votes, likely = ([row for row in rows if row["mode"] == mode] for mode in ("vote", "likeliest"))
     test = [problem for problem in EVALUATED if problem.split == "test"]
-    assert [(row["model"], row["problem"]) for row in votes] == [("base", problem.id) for problem in test]
+    for some in (votes, likely):
+        assert [(row["model"], row["problem"]) for row in some] == [("base", problem.id) for problem in test]
     codec = Codec(inputs["model"], Undo(unit="token"), "{question}\n")
     how = Decoding("forbidden", 0.5, 1.0, MAX_TOKENS, codec.stop_id, codec.rule, vocabulary=codec.vocabulary)
     decoder = HfDecoder.from_folder(inputs["model"], 1, CONTEXT)
     own = {row["problem"]: row for row in rows if (row["model"], row["mode"]) == ("base", "rewind")}
-    for row, problem in zip(votes, test, strict=True):
+    logprobs = {(row["problem"], row["number"]): row["logprob"] for row in load_from_disk(str(tmp_path / "samples"))}
+    for row, best, problem in zip(votes, likely, test, strict=True):
         seeds = [row_seed(0, f"vote/{number}/{problem.id}") for number in range(5)]
-        samples = [decoder.decode([DecodeRequest(codec.prompt_ids(problem), seed)], how)[0].ids for seed in seeds]
+        decoded = [decoder.decode([DecodeRequest(codec.prompt_ids(problem), seed)], how)[0] for seed in seeds]
+        samples = [one.ids for one in decoded]
         texts = [codec.decode(ids).text for ids in samples]
         winner = majority(texts)
         assert tuple(row["token_ids"]) == samples[winner] and row["tokens"] == sum(map(len, samples))
         assert row["correct"] == judge_of(problem).correct(problem, texts[winner])
         assert row["first_correct"] == own[problem.id]["first_correct"] and row["undos"] == row["spurious"] == 0
+        scores = [scored(inputs["model"], codec, problem, ids) for ids in samples]
+        assert [logprobs[problem.id, number] for number in range(5)] == pytest.approx(scores, abs=1e-3)
+        assert tuple(best["token_ids"]) == samples[scores.index(max(scores))] and best["tokens"] == row["tokens"]
+        assert best["correct"] == judge_of(problem).correct(problem, codec.decode(best["token_ids"]).text)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def records() -> dict[str, Any]:
     mine = [row for row in rows if (row.model, row.mode, row.split) == ("sft", "rewind", "test")]
     biased = [replace(row, mode=f"bias {bias}") for bias in (-2, 0, 3) for row in mine]
     samples = [
-        Sample(model, mode, f"p{i}", k, "test", family, hindsight, 0.7, rng.random() < 0.6, "7", 50, 0, "stop", ())
+        Sample(model, mode, f"p{i}", k, "test", family, hindsight, 0.7, rng.random() < 0.6, "7", 50, None, 0, "stop", ())
         for model, mode in (("clean_control", "forbidden"), ("sft", "rewind"))
         for family, hindsight in FAMILIES.items()
         for i in range(12)

@@ -38,8 +38,8 @@ def test_pass_at_k_is_unbiased() -> None:
 
 
 def sample(number: int, answer: str | None, problem: str = "a", hindsight: bool = False) -> Sample:
-    right = answer == "7"
-    return Sample("sft", "rewind", problem, number, "test", "boxes", hindsight, 0.7, right, answer, 10 + number, 0, "stop", ())
+    right, tokens = answer == "7", 10 + number
+    return Sample("sft", "rewind", problem, number, "test", "boxes", hindsight, 0.7, right, answer, tokens, None, 0, "stop", ())
 
 
 def test_votes_do_not_share_samples() -> None:

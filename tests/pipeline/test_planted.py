@@ -13,6 +13,7 @@ from pipeline.backtrack.cursor import Decoded, Decoding
 from pipeline.backtrack.undo import apply_undo
 from pipeline.causal import WITHIN, Outcome, hazards, interventions
 from pipeline.config import UndoSettings
+from pipeline.metrics import SELECTED
 from pipeline.stages.io import Codec
 from pipeline.stages.measured import undo_lengths
 from pipeline.stages.planted import Planted, _left, _undos, in_solution, outcome
@@ -153,7 +154,7 @@ def test_the_stage_keeps_every_row(inputs: dict[str, Path], tmp_path: Path) -> N
     for row in rows:
         assert row["steps"] == known[row["problem"]].solution.count("\n") > 0
         assert (row["first_errors"] > 0) or row["first_correct"]
-        if row["mode"] == "vote":  # whose tokens are those of all samples
+        if row["mode"] in SELECTED:  # whose tokens are those of all samples
             assert row["undo_lengths"] == []
             continue
         assert sum(row["undo_lengths"]) + row["undos"] == row["tokens"] - len(apply_undo(row["token_ids"], codec.rule).surviving)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verifiers.vote import majority
+from verifiers.vote import likeliest, majority
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,14 @@ def test_against_counting_by_hand(answers: list[int]) -> None:
 def test_no_text() -> None:
     with pytest.raises(ValueError, match="at least one"):
         majority([])
+
+
+def test_the_likeliest_is_so_by_the_product_over_all_its_tokens() -> None:
+    assert likeliest([[-0.5, -0.6], [-1.0], [-0.1] * 20, [-1.0]]) == 1  # neither by the mean of its tokens nor by the best one
+    assert likeliest([[-3.0]]) == 0
+
+
+@pytest.mark.parametrize("logprobs", [[], [[-1.0], []]])
+def test_without_log_probabilities_nothing_is_the_likeliest(logprobs: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="needs one at least"):
+        likeliest(logprobs)
