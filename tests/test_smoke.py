@@ -86,9 +86,8 @@ def test_outputs_have_their_schema_and_counts(finished: tuple[Path, str]) -> Non
     assert load_from_disk(store.path(1, "evaluate") / "probes").features == evaluate.PROBES
     assert len(load_from_disk(store.path(0, "problems"))) == 64 + 16 + 16 + 8
     assert len(load_from_disk(store.path(1, "rollouts"))) == 2 * 64
-    assert (
-        len(load_from_disk(store.path(1, "evaluate"))) == 3 * (16 + 16 + 8 + 16) + 16
-    )  # soft, and the control's votes, on test alone
+    # soft, the control's votes and its likeliest samples on test alone
+    assert len(load_from_disk(store.path(1, "evaluate"))) == 3 * (16 + 16 + 8 + 16) + 2 * 16
 
 
 def test_rollouts_carry_ids_logprobs_and_the_weights_that_made_them(finished: tuple[Path, str]) -> None:
